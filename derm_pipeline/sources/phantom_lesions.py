@@ -1,0 +1,285 @@
+"""How the phantom drawer paints each diagnosis: shape, colours and dermoscopic structures.
+
+One painter a diagnosis, after the textbook criteria (Kittler et al. 2016, doi:10.1016/j.jaad.2015.11.026): a nevus has a regular
+pigment network, a melanoma several colours, a blue-white veil and streaks on one side, and so on. Colours are those on very
+light skin; on darker skin they are scaled by a power of the skin's own darkening, weaker for what is pale or red by nature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from derm_pipeline.records import Diagnosis
+from derm_pipeline.sources.phantom_canvas import Canvas, Plane, Rgb, Strokes, curve, rgb, smoothstep
+
+_LIGHT_SKIN = rgb(232, 198, 180)
+_TABLE = 2048
+"""Directions in which an outline's radius is tabulated."""
+
+
+@dataclass
+class Lesion:
+    """A lesion under construction on a canvas."""
+
+    canvas: Canvas
+    darkening: Rgb
+    """The skin's colour relative to very light skin, (3,) in 0 to 1."""
+    radius: float
+    """Mean radius, image widths."""
+    inside: Plane
+    """Depth below the outline (h, w): 1 in the middle, 0 on the outline, negative outside."""
+    outline: npt.NDArray[np.float64]
+    """The outline's points (n, 2) in lesion coordinates."""
+
+    def tint(self, colour: Rgb, power: float = 0.75) -> Rgb:
+        """The colour as it shows on this skin; a pigment darkens with it (high `power`), a scar hardly does."""
+        return np.asarray(colour * self.darkening**power, np.float32)
+
+    def body(self, softness: float) -> Plane:
+        """Coverage (h, w) of the lesion with a border `softness` wide, as a fraction of its radius."""
+        return smoothstep(self.inside, -softness, softness)
+
+    def scatter(self, rng: np.random.Generator, count: int, reach: float, gap: float = 0.0) -> npt.NDArray[np.float64]:
+        """Up to `count` points (n, 2) in the inner `reach` of the lesion, at least `gap` apart (lesion coordinates)."""
+        points: list[npt.NDArray[np.float64]] = []
+        for _ in range(count * (6 if gap else 1)):
+            if len(points) == count:
+                break
+            rim = self.outline[rng.integers(len(self.outline))]
+            point = rim * reach * math.sqrt(rng.uniform())
+            if all(np.hypot(*(point - other)) >= gap for other in points):
+                points.append(point)
+        return np.array(points)
+
+
+def _outlined(canvas: Canvas, rng: np.random.Generator, radius: float, roughness: float, waves: int) -> Lesion:
+    """An outline made of a stretched circle and `waves` harmonics."""
+    directions = np.arange(_TABLE) * (2 * math.pi / _TABLE)
+    order = np.arange(2, 2 + waves)
+    height, phase = rng.normal(0, 1, waves) / order**0.75, rng.uniform(0, 2 * math.pi, waves)
+    bumps = (height[:, None] * np.cos(order[:, None] * directions + phase[:, None])).sum(axis=0)
+    stretch, tilt = rng.uniform(0, 0.2), rng.uniform(0, math.pi)
+    edge = radius * (1 + stretch * np.cos(2 * (directions - tilt)) + roughness * np.clip(bumps, -1.6, 1.6))
+    points = edge[:, None] * np.stack([np.cos(directions), np.sin(directions)], axis=1)
+    position = np.arctan2(canvas.v, canvas.u) * np.float32(_TABLE / (2 * math.pi))
+    reach = edge.astype(np.float32)[position.astype(np.int32) % _TABLE]
+    distance = np.sqrt(canvas.u**2 + canvas.v**2)
+    inside = np.asarray(1 - distance / reach, np.float32)
+    return Lesion(canvas, np.ones(3, np.float32), radius, inside, points[::32])
+
+
+def _honeycomb(canvas: Canvas, rng: np.random.Generator, period: float, wobble: float) -> Plane:
+    """A hexagonal lattice (h, w): 1 in the middle of a cell, 0 on the lines between; bent by `wobble` periods."""
+    turn = rng.uniform(0, math.pi)
+    bend = canvas.field(rng, 5, 2), canvas.field(rng, 5, 2)
+    u = canvas.u + np.float32(wobble * period) * bend[0]
+    v = canvas.v + np.float32(wobble * period) * bend[1]
+    total = np.zeros_like(u)
+    pitch = 4 * math.pi / (math.sqrt(3) * period)
+    for step in range(3):
+        angle = turn + step * 2 * math.pi / 3
+        total += np.cos(np.float32(pitch * math.cos(angle)) * u + np.float32(pitch * math.sin(angle)) * v)
+    return np.asarray((total + 1.5) / 4.5, np.float32)
+
+
+def _spots(
+    lesion: Lesion,
+    rng: np.random.Generator,
+    points: npt.NDArray[np.float64],
+    radius: tuple[float, float],
+    *,
+    oblong: float = 0.25,
+    strength: float = 1.0,
+) -> Plane:
+    """Coverage (h, w) of ellipses at `points` (n, 2), `radius` from .. to in image widths."""
+    strokes, zoom = lesion.canvas.strokes(), lesion.canvas.pose.zoom
+    for centre in lesion.canvas.to_image(points) if len(points) else points:
+        size, flat = zoom * rng.uniform(*radius), 1 - rng.uniform(0, oblong)
+        strokes.spot(centre, (size, size * flat), rng.uniform(0, 180), strength * rng.uniform(0.8, 1))
+    return strokes.alpha()
+
+
+def _varied(rng: np.random.Generator, colour: Rgb, spread: float = 7.0) -> Rgb:
+    return np.asarray(colour * np.float32(1 + rng.normal(0, spread / 130)) + rng.normal(0, spread / 2, 3), np.float32)
+
+
+def _paint_nv(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
+    canvas, body = lesion.canvas, lesion.body(0.16)
+    brown = (rgb(158, 98, 62), rgb(140, 88, 60), rgb(164, 92, 70))[rng.integers(3)]
+    canvas.blend(lesion.tint(_varied(rng, brown), 0.85), 0.88 * body)
+    middle = smoothstep(lesion.inside, 0.1, 0.85) * np.float32(rng.uniform(0.1, 0.5))
+    canvas.blend(lesion.tint(rgb(92, 54, 36), 0.85), middle)
+    cells = _honeycomb(canvas, rng, rng.uniform(0.036, 0.044), 0.25)
+    lines = smoothstep(cells, 0.42, 0.16) * smoothstep(lesion.inside, -0.12, 0.2)
+    canvas.blend(lesion.tint(rgb(74, 42, 28), 0.9), 0.72 * lines)
+    return ("pigment network",)
+
+
+def _paint_mel(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
+    canvas, body = lesion.canvas, lesion.body(0.06)
+    side = rng.uniform(0, 2 * math.pi)
+    across = (math.cos(side) * canvas.u + math.sin(side) * canvas.v) / np.float32(lesion.radius)
+    canvas.blend(lesion.tint(_varied(rng, rgb(132, 84, 58)), 0.85), 0.93 * body)
+    dark = smoothstep(canvas.field(rng, 6) + 0.7 * across, -0.5, 0.5) * body
+    canvas.blend(lesion.tint(_varied(rng, rgb(72, 42, 34)), 0.9), 0.92 * dark)
+    _streaks(lesion, rng, side)
+    black = smoothstep(canvas.field(rng, 7) + 0.5 * across, 0.5, 1.0) * body
+    canvas.blend(lesion.tint(rgb(26, 19, 22), 0.9), 0.92 * black)
+    red = smoothstep(canvas.field(rng, 5, 2) - 0.9 * across, 1.0, 1.7) * body
+    canvas.blend(lesion.tint(rgb(176, 96, 88), 0.6), 0.6 * red)
+    centre = rng.uniform(-0.25, 0.25, 2) * lesion.radius + 0.15 * lesion.radius * np.array(
+        [math.cos(side), math.sin(side)]
+    )
+    away = np.hypot(canvas.u - np.float32(centre[0]), canvas.v - np.float32(centre[1])) / np.float32(lesion.radius)
+    veil = smoothstep(np.asarray(away + 0.16 * canvas.field(rng, 6, 2), np.float32), 0.62, 0.3)
+    canvas.blend(lesion.tint(_varied(rng, rgb(126, 140, 178), 4), 0.3), 0.85 * veil * body)
+    return ("blue-white veil", "streaks", "several colours")
+
+
+def _streaks(lesion: Lesion, rng: np.random.Generator, side: float) -> None:
+    strokes = lesion.canvas.strokes()
+    for rim in lesion.outline:
+        apart = abs((math.atan2(rim[1], rim[0]) - side + math.pi) % (2 * math.pi) - math.pi)
+        start, length, wide = rng.uniform(0.75, 0.85), rng.uniform(1.04, 1.22), rng.uniform(0.010, 0.018)
+        if apart < 1.3:
+            path = lesion.canvas.to_image(rim * np.linspace(start, length, 6)[:, None])
+            strokes.ribbon(path, np.linspace(wide, 0.004, 6) * lesion.canvas.pose.zoom)
+    lesion.canvas.blend(lesion.tint(rgb(56, 34, 30), 0.9), 0.85 * strokes.alpha())
+
+
+def _paint_bcc(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
+    canvas, body = lesion.canvas, lesion.body(0.12)
+    canvas.blend(lesion.tint(_varied(rng, rgb(236, 178, 172)), 0.5), 0.8 * body)
+    pearl = smoothstep(lesion.inside, -0.05, 0.1) * smoothstep(lesion.inside, 0.3, 0.12)
+    canvas.blend(lesion.tint(rgb(250, 220, 214), 0.4), 0.55 * pearl)
+    nests = _spots(lesion, rng, lesion.scatter(rng, int(rng.integers(4, 8)), 0.72, 0.055), (0.018, 0.042), oblong=0.45)
+    canvas.blend(lesion.tint(_varied(rng, rgb(78, 86, 116), 5), 0.45), 0.9 * canvas.blur(nests, 0.004))
+    vessels = canvas.strokes()
+    for _ in range(rng.integers(3, 6)):
+        rim = lesion.outline[rng.integers(len(lesion.outline))]
+        _branch(vessels, rng, lesion, rim * 0.98, math.atan2(-rim[1], -rim[0]), 1.1 * lesion.radius, 0.011, 3)
+    canvas.blend(lesion.tint(rgb(184, 34, 48), 0.5), 0.85 * vessels.alpha())
+    if rng.uniform() < 0.3:
+        crust = _spots(lesion, rng, lesion.scatter(rng, 2, 0.5), (0.012, 0.026), oblong=0.5)
+        canvas.blend(lesion.tint(rgb(170, 92, 46), 0.6), 0.85 * canvas.blur(crust, 0.003))
+    return ("arborising vessels", "blue-grey nests")
+
+
+def _branch(
+    strokes: Strokes,
+    rng: np.random.Generator,
+    lesion: Lesion,
+    start: npt.NDArray[np.float64],
+    angle: float,
+    length: float,
+    width: float,
+    depth: int,
+) -> None:
+    """One vessel that forks `depth` times, thinner each time."""
+    path = curve(start, angle + rng.normal(0, 0.25), length * rng.uniform(0.7, 1), rng.normal(0, 0.9), 12)
+    zoom = lesion.canvas.pose.zoom
+    strokes.ribbon(lesion.canvas.to_image(path), np.linspace(width, 0.6 * width, 12) * zoom)
+    if depth == 0:
+        return
+    for sign in (-1, 1):
+        at = path[rng.integers(4, 10)]
+        turn = angle + sign * rng.uniform(0.4, 0.9)
+        _branch(strokes, rng, lesion, at, turn, 0.55 * length, 0.62 * width, depth - 1)
+
+
+def _paint_akiec(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
+    canvas, body = lesion.canvas, lesion.body(0.28)
+    canvas.blend(lesion.tint(_varied(rng, rgb(216, 116, 104)), 0.5), 0.82 * body)
+    blotch = smoothstep(canvas.field(rng, 6, 3), 0.0, 1.2)
+    canvas.blend(lesion.tint(rgb(186, 72, 72), 0.5), 0.6 * blotch * body)
+    cells = _honeycomb(canvas, rng, rng.uniform(0.046, 0.058), 0.3)
+    follicles = smoothstep(cells, 0.62, 0.85) * smoothstep(lesion.inside, -0.05, 0.2)
+    canvas.blend(lesion.tint(rgb(246, 222, 190), 0.4), 0.8 * follicles)
+    flakes = smoothstep(canvas.field(rng, 14, 2), 1.1, 1.5) * smoothstep(lesion.inside, 0.0, 0.25)
+    canvas.blend(lesion.tint(rgb(250, 240, 218), 0.3), 0.85 * flakes)
+    return ("strawberry pattern", "scale")
+
+
+def _paint_bkl(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
+    canvas, body = lesion.canvas, lesion.body(0.035)
+    tan = (rgb(182, 134, 76), rgb(166, 116, 70), rgb(190, 146, 92))[rng.integers(3)]
+    canvas.blend(lesion.tint(_varied(rng, tan), 0.8), 0.94 * body)
+    ridges = np.abs(canvas.field(rng, 9, 2))
+    canvas.blend(lesion.tint(rgb(104, 66, 38), 0.85), 0.7 * smoothstep(np.asarray(ridges), 0.3, 0.05) * body)
+    rim = smoothstep(lesion.inside, 0.16, 0.03) * body
+    canvas.blend(lesion.tint(rgb(112, 72, 42), 0.85), 0.5 * rim)
+    plugs = _spots(lesion, rng, lesion.scatter(rng, int(rng.integers(4, 9)), 0.85, 0.035), (0.008, 0.015))
+    canvas.blend(lesion.tint(rgb(66, 38, 24), 0.8), 0.85 * plugs)
+    cysts = _spots(lesion, rng, lesion.scatter(rng, int(rng.integers(9, 18)), 0.88, 0.035), (0.008, 0.014), oblong=0.1)
+    canvas.blend(lesion.tint(rgb(255, 244, 208), 0.25), 0.95 * canvas.blur(cysts, 0.0025))
+    return ("milia-like cysts", "comedo-like openings", "sharp border")
+
+
+def _paint_df(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
+    canvas, body = lesion.canvas, lesion.body(0.22)
+    canvas.blend(lesion.tint(_varied(rng, rgb(188, 132, 100)), 0.75), 0.8 * body)
+    cells = _honeycomb(canvas, rng, rng.uniform(0.032, 0.038), 0.2)
+    ring = smoothstep(lesion.inside, -0.15, 0.1) * smoothstep(lesion.inside, 0.6, 0.4)
+    canvas.blend(lesion.tint(rgb(122, 76, 52), 0.85), 0.6 * smoothstep(cells, 0.4, 0.15) * ring)
+    depth = np.asarray(lesion.inside + 0.06 * canvas.field(rng, 7, 2), np.float32)
+    canvas.blend(lesion.tint(_varied(rng, rgb(250, 234, 224), 4), 0.3), 0.9 * smoothstep(depth, 0.38, 0.62))
+    return ("central white patch", "peripheral network")
+
+
+def _paint_vasc(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
+    canvas, body = lesion.canvas, lesion.body(0.06)
+    canvas.blend(lesion.tint(_varied(rng, rgb(206, 92, 104)), 0.5), 0.9 * body)
+    haze = smoothstep(canvas.field(rng, 7, 2), 0.2, 1.2) * body
+    canvas.blend(lesion.tint(rgb(236, 196, 204), 0.4), 0.5 * haze)
+    reds = (rgb(150, 14, 38), rgb(122, 14, 48), rgb(92, 16, 62), rgb(54, 14, 46))
+    first = int(rng.integers(0, 3))
+    points = lesion.scatter(rng, int(rng.integers(11, 18)), 0.86, 0.055)
+    for colour, share in zip(
+        (reds[first], reds[first + 1]), np.array_split(points, [2 * len(points) // 3]), strict=True
+    ):
+        lacunae = canvas.blur(_spots(lesion, rng, share, (0.024, 0.034), oblong=0.3), 0.002)
+        canvas.blend(
+            lesion.tint(_varied(rng, colour, 4), 0.45), 0.95 * lacunae * smoothstep(lesion.inside, -0.04, 0.06)
+        )
+    return ("lacunae",)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    paint: Callable[[Lesion, np.random.Generator], tuple[str, ...]]
+    radius: tuple[float, float]
+    roughness: float
+    waves: int
+
+
+_KINDS: dict[Diagnosis, _Kind] = {
+    Diagnosis.AKIEC: _Kind(_paint_akiec, (0.18, 0.25), 0.10, 6),
+    Diagnosis.BCC: _Kind(_paint_bcc, (0.16, 0.23), 0.07, 5),
+    Diagnosis.BKL: _Kind(_paint_bkl, (0.16, 0.24), 0.08, 11),
+    Diagnosis.DF: _Kind(_paint_df, (0.13, 0.18), 0.03, 3),
+    Diagnosis.MEL: _Kind(_paint_mel, (0.18, 0.25), 0.17, 8),
+    Diagnosis.NV: _Kind(_paint_nv, (0.13, 0.21), 0.03, 4),
+    Diagnosis.VASC: _Kind(_paint_vasc, (0.13, 0.20), 0.06, 6),
+}
+
+
+def paint_lesion(
+    canvas: Canvas, diagnosis: Diagnosis, skin: Rgb, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
+    """Paint one lesion onto the canvas.
+
+    `skin` is the bare skin's colour (3,), 0 to 255; `rng` alone decides the lesion's looks.
+
+    Returns:
+        The lesion's mask (h, w) and the structures that were painted, in words.
+    """
+    kind = _KINDS[diagnosis]
+    lesion = _outlined(canvas, rng, rng.uniform(*kind.radius), kind.roughness, kind.waves)
+    lesion.darkening = np.clip(skin / _LIGHT_SKIN, 0.05, 1.0).astype(np.float32)
+    structures = kind.paint(lesion, rng)
+    return lesion.inside > 0, structures
