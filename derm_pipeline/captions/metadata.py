@@ -1,7 +1,7 @@
 """Record -> caption: what is known of an image in words, and nothing else.
 
-Three styles: our own (`rich`), the label alone, and that of the ISIC 2020 melanoma captions. A caption is a pure function
-of the row. What a value "unknown" may look like is decided here, in one place.
+Three styles: our own (`rich`), the label alone, and that of the ISIC 2020 melanoma captions. A caption is a pure
+function of the row. What a value "unknown" may look like is decided here, in one place.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def metadata_caption(
 ) -> str:
     """The caption of one row of the `records` table.
 
-    Fields read: diagnosis, age_years, sex, site, skin_type. A field that is absent or holds None, NaN, "", "unknown" and
-    its like, an age outside 1 to 120 or a skin type outside 1 to 6 drops its clause.
+    Fields read: diagnosis, age_years, sex, site, skin_type. A field that is absent or holds None, NaN, "", "unknown"
+    and its like, an age outside 1 to 120 or a skin type outside 1 to 6 drops its clause.
 
     Raises:
         ValueError: the diagnosis is neither missing nor one of `Diagnosis`.
