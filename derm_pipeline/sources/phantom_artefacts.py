@@ -16,8 +16,8 @@ _HAIR_COVERAGE = 0.4
 def draw_hair(canvas: Canvas, skin: Rgb, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
     """Draw hairs over the image and return their mask (h, w).
 
-    Two habits, as in HAM10000: a few long bent hairs, or many short ones that grow in one direction. Mostly dark; now and then
-    fair, on skin light enough for that. `skin` is the bare skin's colour (3,), 0 to 255.
+    Two habits, as in HAM10000: a few long bent hairs, or many short ones that grow in one direction. Mostly dark; now
+    and then fair, on skin light enough for that. `skin` is the bare skin's colour (3,), 0 to 255.
     """
     is_fair = rng.uniform() < 0.12 and float(skin.mean()) > 150
     colour = rgb(138, 98, 58) if is_fair else rgb(36, 27, 24)

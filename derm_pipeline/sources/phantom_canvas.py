@@ -1,7 +1,8 @@
 """The phantom drawer's paper and pens: coordinates, noise fields, strokes, blending.
 
-Everything is placed in units of the image's width, so the same content can be drawn at any size. A random number is never
-drawn per output pixel, for the same reason. Positions are in the lesion's own frame, which a second photograph moves.
+Everything is placed in units of the image's width, so the same content can be drawn at any size. A random number is
+never drawn per output pixel, for the same reason. Noise and structures lie in the lesion's own frame, which a second
+photograph moves.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def rgb(red: float, green: float, blue: float) -> Rgb:
     return np.array((red, green, blue), np.float32)
 
 
-def smoothstep(values: Plane, low: float, high: float) -> Plane:
+def smoothstep(values: npt.NDArray[np.floating], low: float, high: float) -> Plane:
     """0 below `low`, 1 above `high`, smooth between; `low` > `high` falls instead of rising."""
-    t = np.clip((values - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
+    t = np.clip((np.asarray(values, np.float32) - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
@@ -65,16 +66,16 @@ class Canvas:
         self.v: Plane = np.asarray(cos * dy - sin * dx, np.float32)
         """The lesion's coordinates, in image widths at zoom 1."""
 
-    def blend(self, colour: Rgb, alpha: Plane) -> None:
+    def blend(self, colour: Rgb, alpha: npt.NDArray[np.floating]) -> None:
         """Move every pixel towards `colour` by `alpha` (h, w) in 0 to 1."""
-        self.image += alpha[..., None] * (colour - self.image)
+        self.image += np.asarray(alpha, np.float32)[..., None] * (colour - self.image)
 
-    def multiply(self, factor: Plane) -> None:
+    def multiply(self, factor: npt.NDArray[np.floating]) -> None:
         """Scale every pixel by `factor` (h, w)."""
-        self.image *= factor[..., None]
+        self.image *= np.asarray(factor, np.float32)[..., None]
 
     def field(self, rng: np.random.Generator, cells: int, octaves: int = 3) -> Plane:
-        """Smooth noise (h, w) fixed to the lesion, mean 0, about unit spread; the coarsest octave has `cells` a width."""
+        """Smooth noise (h, w) fixed to the lesion, mean 0, about unit spread; its coarsest octave has `cells` a width."""
         total = np.zeros((_FIELD_PX, _FIELD_PX), np.float32)
         weight, power = 1.0, 0.0
         for octave in range(octaves):

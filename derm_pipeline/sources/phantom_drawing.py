@@ -1,8 +1,8 @@
 """Phantoms: drawn dermoscopy-like images whose truth is known, from a seed and nothing else.
 
-`plan` decides cheaply who is photographed and what is seen; `draw` turns one case into pixels and depends on that case only, so
-images can be drawn in any order, by any number of workers and at any size. Patients have several lesions, lesions several
-photographs, and malignant lesions are rare on dark skin, as in the real datasets.
+`plan` decides cheaply who is photographed and what is seen; `draw` turns one case into pixels and depends on that case
+only, so images can be drawn in any order, by any number of workers and at any size. Patients have several lesions,
+lesions several photographs, and malignant lesions are rare on dark skin, as in the real datasets.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from derm_pipeline.sources.phantom_lesions import paint_lesion
 
 Artefact = Literal["bubbles", "hair", "ink", "ruler", "vignette"]
 
-_ITA = {1: (58.0, 68.0), 2: (44.0, 53.0), 3: (30.5, 38.5), 4: (13.0, 25.0), 5: (-25.0, 5.0), 6: (-58.0, -36.0)}
+_ITA = {1: (58.0, 68.0), 2: (44.0, 53.0), 3: (30.5, 38.5), 4: (13.0, 25.0), 5: (-25.0, 5.0), 6: (-63.0, -42.0)}
 """Individual typology angle of each skin type, degrees, inside the classes of Del Bino and Bernerd 2013."""
-_SKIN_AB = {1: (9.0, 14.5), 2: (10.0, 16.5), 3: (11.0, 18.5), 4: (12.0, 20.0), 5: (12.0, 17.5), 6: (9.5, 12.5)}
+_SKIN_AB = {1: (14.0, 13.5), 2: (15.0, 15.5), 3: (15.0, 17.5), 4: (14.5, 19.0), 5: (13.5, 17.0), 6: (10.5, 13.0)}
 """CIELAB a* and b* of each skin type."""
 _TYPES_BENIGN = (0.14, 0.24, 0.22, 0.16, 0.14, 0.10)
 _TYPES_MALIGNANT = (0.22, 0.32, 0.24, 0.12, 0.065, 0.035)
 _IMAGES_PER_LESION = (0.74, 0.19, 0.06, 0.01)
 """Shares of lesions with 1, 2, 3, 4 photographs: 1.34 on average, as in HAM10000."""
 _LESIONS_PER_PATIENT = (0.70, 0.20, 0.10)
-_GOLDEN = (math.sqrt(5) - 1) / 2
+_R2 = (0.7548776662466927, 0.5698402909980532)
+"""Steps of the R2 low-discrepancy sequence (powers of the inverse plastic number)."""
 
 
 class PhantomConfig(BaseModel):
@@ -175,11 +176,10 @@ def _plan_patient(config: PhantomConfig, patient: int) -> list[PhantomCase]:
     rng = np.random.default_rng([config.seed, patient])
     share = np.array(config.frequencies) / sum(config.frequencies)
     types = np.array([_TYPES_MALIGNANT if diagnosis.is_malignant else _TYPES_BENIGN for diagnosis in Diagnosis])
-    # A low-discrepancy walk through the frequencies, so that a small dataset holds the rare diagnoses too.
-    start = np.random.default_rng([config.seed]).uniform()
-    place = (start + patient * _GOLDEN) % 1.0
-    first = int(np.searchsorted(np.cumsum(share), place, side="right").clip(0, 6))
-    skin = int(rng.choice(6, p=types[first]))
+    # A low-discrepancy walk through the frequencies, so that a small dataset holds the rare diagnoses and skins too.
+    place = (np.random.default_rng([config.seed]).uniform(size=2) + patient * np.array(_R2)) % 1.0
+    first = min(6, int(np.searchsorted(np.cumsum(share), place[0], side="right")))
+    skin = min(5, int(np.searchsorted(np.cumsum(types[first]), place[1], side="right")))
     given_skin = share * types[:, skin]
     diagnoses = [first]
     for _ in range(rng.choice(3, p=_LESIONS_PER_PATIENT)):
@@ -257,7 +257,7 @@ def draw(case: PhantomCase, width_px: int = 200, height_px: int = 150) -> Phanto
 
 def _skin_colour(case: PhantomCase) -> Rgb:
     rng = np.random.default_rng([case.patient_seed, 0])
-    a, b = np.array(_SKIN_AB[case.skin_type]) + rng.normal(0, 0.7, 2)
+    a, b = np.array(_SKIN_AB[case.skin_type]) + rng.normal(0, 1, 2) * (1.6, 0.7)
     angle = math.radians(rng.uniform(*_ITA[case.skin_type]))
     lab = np.array([[[50 + b * math.tan(angle), a, b]]], np.float32)
     return np.asarray(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)[0, 0] * 255, np.float32)

@@ -1,8 +1,9 @@
 """How the phantom drawer paints each diagnosis: shape, colours and dermoscopic structures.
 
-One painter a diagnosis, after the textbook criteria (Kittler et al. 2016, doi:10.1016/j.jaad.2015.11.026): a nevus has a regular
-pigment network, a melanoma several colours, a blue-white veil and streaks on one side, and so on. Colours are those on very
-light skin; on darker skin they are scaled by a power of the skin's own darkening, weaker for what is pale or red by nature.
+One painter a diagnosis, in the terms of the third consensus conference on dermoscopy (Kittler et al. 2016): a nevus has
+a regular pigment network, a melanoma several colours, a blue-white veil and streaks on one side, and so on. Colours are
+those on very light skin; on darker skin they are scaled by a power of the skin's own darkening, weaker for what is pale
+or red by nature.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def _outlined(canvas: Canvas, rng: np.random.Generator, radius: float, roughness
     position = np.arctan2(canvas.v, canvas.u) * np.float32(_TABLE / (2 * math.pi))
     reach = edge.astype(np.float32)[position.astype(np.int32) % _TABLE]
     distance = np.sqrt(canvas.u**2 + canvas.v**2)
-    inside = np.asarray(1 - distance / reach, np.float32)
+    ragged = np.float32(0.25 * roughness + 0.012) * canvas.field(rng, 14, 3)
+    inside = np.asarray(1 - distance / reach + ragged, np.float32)
     return Lesion(canvas, np.ones(3, np.float32), radius, inside, points[::32])
 
 
@@ -109,64 +111,67 @@ def _varied(rng: np.random.Generator, colour: Rgb, spread: float = 7.0) -> Rgb:
 
 
 def _paint_nv(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
-    canvas, body = lesion.canvas, lesion.body(0.16)
-    brown = (rgb(158, 98, 62), rgb(140, 88, 60), rgb(164, 92, 70))[rng.integers(3)]
-    canvas.blend(lesion.tint(_varied(rng, brown), 0.85), 0.88 * body)
-    middle = smoothstep(lesion.inside, 0.1, 0.85) * np.float32(rng.uniform(0.1, 0.5))
-    canvas.blend(lesion.tint(rgb(92, 54, 36), 0.85), middle)
-    cells = _honeycomb(canvas, rng, rng.uniform(0.036, 0.044), 0.25)
-    lines = smoothstep(cells, 0.42, 0.16) * smoothstep(lesion.inside, -0.12, 0.2)
-    canvas.blend(lesion.tint(rgb(74, 42, 28), 0.9), 0.72 * lines)
+    canvas, body = lesion.canvas, lesion.body(0.18)
+    brown = (rgb(162, 100, 66), rgb(146, 90, 62), rgb(172, 96, 74))[rng.integers(3)]
+    canvas.blend(lesion.tint(_varied(rng, brown), 0.85), 0.86 * body)
+    depth = lesion.inside + 0.1 * canvas.field(rng, 7)
+    middle = smoothstep(depth, 0.05, 0.8) * rng.uniform(0.2, 0.6)
+    canvas.blend(lesion.tint(rgb(92, 52, 36), 0.85), middle)
+    cells = _honeycomb(canvas, rng, rng.uniform(0.034, 0.043), 0.5)
+    patchy = 0.5 + 0.5 * smoothstep(canvas.field(rng, 6), -0.9, 0.7)
+    lines = smoothstep(cells, 0.46, 0.14) * smoothstep(lesion.inside, -0.14, 0.22) * patchy
+    canvas.blend(lesion.tint(rgb(70, 40, 28), 0.9), 0.74 * lines)
     return ("pigment network",)
 
 
 def _paint_mel(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
-    canvas, body = lesion.canvas, lesion.body(0.06)
+    canvas, body = lesion.canvas, lesion.body(0.07)
     side = rng.uniform(0, 2 * math.pi)
-    across = (math.cos(side) * canvas.u + math.sin(side) * canvas.v) / np.float32(lesion.radius)
-    canvas.blend(lesion.tint(_varied(rng, rgb(132, 84, 58)), 0.85), 0.93 * body)
-    dark = smoothstep(canvas.field(rng, 6) + 0.7 * across, -0.5, 0.5) * body
-    canvas.blend(lesion.tint(_varied(rng, rgb(72, 42, 34)), 0.9), 0.92 * dark)
+    across = (math.cos(side) * canvas.u + math.sin(side) * canvas.v) / lesion.radius
+    canvas.blend(lesion.tint(_varied(rng, rgb(146, 94, 66)), 0.85), 0.92 * body)
+    dark = smoothstep(canvas.field(rng, 6, 4) + 0.8 * across, -0.7, 0.7) * body
+    canvas.blend(lesion.tint(_varied(rng, rgb(74, 42, 34)), 0.9), 0.9 * dark)
     _streaks(lesion, rng, side)
-    black = smoothstep(canvas.field(rng, 7) + 0.5 * across, 0.5, 1.0) * body
-    canvas.blend(lesion.tint(rgb(26, 19, 22), 0.9), 0.92 * black)
-    red = smoothstep(canvas.field(rng, 5, 2) - 0.9 * across, 1.0, 1.7) * body
-    canvas.blend(lesion.tint(rgb(176, 96, 88), 0.6), 0.6 * red)
-    centre = rng.uniform(-0.25, 0.25, 2) * lesion.radius + 0.15 * lesion.radius * np.array(
-        [math.cos(side), math.sin(side)]
-    )
-    away = np.hypot(canvas.u - np.float32(centre[0]), canvas.v - np.float32(centre[1])) / np.float32(lesion.radius)
-    veil = smoothstep(np.asarray(away + 0.16 * canvas.field(rng, 6, 2), np.float32), 0.62, 0.3)
-    canvas.blend(lesion.tint(_varied(rng, rgb(126, 140, 178), 4), 0.3), 0.85 * veil * body)
-    return ("blue-white veil", "streaks", "several colours")
+    black = smoothstep(canvas.field(rng, 8, 4) + 0.6 * across, 0.3, 1.3) * body
+    canvas.blend(lesion.tint(rgb(28, 20, 22), 0.9), 0.92 * black)
+    red = smoothstep(canvas.field(rng, 6) - 0.9 * across, 0.7, 1.7) * body
+    canvas.blend(lesion.tint(rgb(186, 104, 94), 0.6), 0.65 * red)
+    toward = np.array([math.cos(side), math.sin(side)])
+    centre = lesion.radius * (rng.uniform(-0.25, 0.25, 2) + 0.15 * toward)
+    away = np.hypot(canvas.u - centre[0], canvas.v - centre[1]) / lesion.radius
+    veil = smoothstep(away + 0.16 * canvas.field(rng, 7, 4), 0.68, 0.2)
+    canvas.blend(lesion.tint(_varied(rng, rgb(122, 132, 162), 4), 0.3), 0.9 * veil * body)
+    return ("blue-white veil", "several colours", "streaks")
 
 
 def _streaks(lesion: Lesion, rng: np.random.Generator, side: float) -> None:
     strokes = lesion.canvas.strokes()
     for rim in lesion.outline:
         apart = abs((math.atan2(rim[1], rim[0]) - side + math.pi) % (2 * math.pi) - math.pi)
-        start, length, wide = rng.uniform(0.75, 0.85), rng.uniform(1.04, 1.22), rng.uniform(0.010, 0.018)
+        length, wide = rng.uniform(1.0, 1.17), rng.uniform(0.012, 0.022)
         if apart < 1.3:
-            path = lesion.canvas.to_image(rim * np.linspace(start, length, 6)[:, None])
-            strokes.ribbon(path, np.linspace(wide, 0.004, 6) * lesion.canvas.pose.zoom)
-    lesion.canvas.blend(lesion.tint(rgb(56, 34, 30), 0.9), 0.85 * strokes.alpha())
+            path = lesion.canvas.to_image(rim * np.linspace(0.78, length, 6)[:, None])
+            strokes.ribbon(path, np.linspace(wide, 0.005, 6) * lesion.canvas.pose.zoom)
+    lesion.canvas.blend(lesion.tint(rgb(58, 36, 30), 0.9), 0.8 * lesion.canvas.blur(strokes.alpha(), 0.003))
 
 
 def _paint_bcc(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
-    canvas, body = lesion.canvas, lesion.body(0.12)
-    canvas.blend(lesion.tint(_varied(rng, rgb(236, 178, 172)), 0.5), 0.8 * body)
-    pearl = smoothstep(lesion.inside, -0.05, 0.1) * smoothstep(lesion.inside, 0.3, 0.12)
-    canvas.blend(lesion.tint(rgb(250, 220, 214), 0.4), 0.55 * pearl)
-    nests = _spots(lesion, rng, lesion.scatter(rng, int(rng.integers(4, 8)), 0.72, 0.055), (0.018, 0.042), oblong=0.45)
-    canvas.blend(lesion.tint(_varied(rng, rgb(78, 86, 116), 5), 0.45), 0.9 * canvas.blur(nests, 0.004))
+    canvas, body = lesion.canvas, lesion.body(0.14)
+    mottle = canvas.field(rng, 8, 4)
+    canvas.blend(lesion.tint(_varied(rng, rgb(232, 168, 164)), 0.5), np.clip(0.78 + 0.12 * mottle, 0, 1) * body)
+    pearl = smoothstep(lesion.inside + 0.05 * mottle, -0.08, 0.12) * smoothstep(lesion.inside, 0.4, 0.1)
+    canvas.blend(lesion.tint(rgb(250, 222, 216), 0.4), 0.4 * pearl)
+    nests = _spots(lesion, rng, lesion.scatter(rng, int(rng.integers(4, 8)), 0.75, 0.055), (0.016, 0.042), oblong=0.5)
+    nests = canvas.blur(nests, 0.006) * np.clip(0.9 + 0.15 * mottle, 0, 1)
+    canvas.blend(lesion.tint(_varied(rng, rgb(80, 84, 108), 5), 0.45), 0.9 * nests)
     vessels = canvas.strokes()
     for _ in range(rng.integers(3, 6)):
         rim = lesion.outline[rng.integers(len(lesion.outline))]
-        _branch(vessels, rng, lesion, rim * 0.98, math.atan2(-rim[1], -rim[0]), 1.1 * lesion.radius, 0.011, 3)
-    canvas.blend(lesion.tint(rgb(184, 34, 48), 0.5), 0.85 * vessels.alpha())
+        _branch(vessels, rng, lesion, rim * 0.98, math.atan2(-rim[1], -rim[0]), 1.1 * lesion.radius, 0.010, 3)
+    canvas.blend(lesion.tint(rgb(188, 40, 54), 0.5), 0.8 * canvas.blur(vessels.alpha(), 0.0015))
     if rng.uniform() < 0.3:
         crust = _spots(lesion, rng, lesion.scatter(rng, 2, 0.5), (0.012, 0.026), oblong=0.5)
-        canvas.blend(lesion.tint(rgb(170, 92, 46), 0.6), 0.85 * canvas.blur(crust, 0.003))
+        canvas.blend(lesion.tint(rgb(170, 92, 46), 0.6), 0.85 * canvas.blur(crust, 0.004))
     return ("arborising vessels", "blue-grey nests")
 
 
@@ -181,71 +186,72 @@ def _branch(
     depth: int,
 ) -> None:
     """One vessel that forks `depth` times, thinner each time."""
-    path = curve(start, angle + rng.normal(0, 0.25), length * rng.uniform(0.7, 1), rng.normal(0, 0.9), 12)
+    path = curve(start, angle + rng.normal(0, 0.25), length * rng.uniform(0.7, 1), rng.normal(0, 0.9), 8)
     zoom = lesion.canvas.pose.zoom
-    strokes.ribbon(lesion.canvas.to_image(path), np.linspace(width, 0.6 * width, 12) * zoom)
+    strokes.ribbon(lesion.canvas.to_image(path), np.linspace(width, 0.6 * width, 8) * zoom)
     if depth == 0:
         return
     for sign in (-1, 1):
-        at = path[rng.integers(4, 10)]
+        at = path[rng.integers(3, 7)]
         turn = angle + sign * rng.uniform(0.4, 0.9)
         _branch(strokes, rng, lesion, at, turn, 0.55 * length, 0.62 * width, depth - 1)
 
 
 def _paint_akiec(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
-    canvas, body = lesion.canvas, lesion.body(0.28)
-    canvas.blend(lesion.tint(_varied(rng, rgb(216, 116, 104)), 0.5), 0.82 * body)
-    blotch = smoothstep(canvas.field(rng, 6, 3), 0.0, 1.2)
-    canvas.blend(lesion.tint(rgb(186, 72, 72), 0.5), 0.6 * blotch * body)
-    cells = _honeycomb(canvas, rng, rng.uniform(0.046, 0.058), 0.3)
-    follicles = smoothstep(cells, 0.62, 0.85) * smoothstep(lesion.inside, -0.05, 0.2)
-    canvas.blend(lesion.tint(rgb(246, 222, 190), 0.4), 0.8 * follicles)
-    flakes = smoothstep(canvas.field(rng, 14, 2), 1.1, 1.5) * smoothstep(lesion.inside, 0.0, 0.25)
-    canvas.blend(lesion.tint(rgb(250, 240, 218), 0.3), 0.85 * flakes)
-    return ("strawberry pattern", "scale")
+    canvas, body = lesion.canvas, lesion.body(0.3)
+    patchy = np.clip(0.8 + 0.12 * canvas.field(rng, 8, 4), 0, 1)
+    canvas.blend(lesion.tint(_varied(rng, rgb(218, 118, 106)), 0.5), patchy * body)
+    blotch = smoothstep(canvas.field(rng, 7, 4), -0.2, 1.4)
+    canvas.blend(lesion.tint(rgb(184, 70, 72), 0.5), 0.65 * blotch * body)
+    cells = _honeycomb(canvas, rng, rng.uniform(0.044, 0.056), 0.6)
+    follicles = smoothstep(cells, 0.58, 0.86) * smoothstep(lesion.inside + 0.15 * canvas.field(rng, 9), 0.0, 0.3)
+    canvas.blend(lesion.tint(rgb(246, 220, 190), 0.4), 0.72 * follicles)
+    flakes = smoothstep(canvas.field(rng, 16, 4), 0.9, 1.8) * smoothstep(lesion.inside, 0.0, 0.3)
+    canvas.blend(lesion.tint(rgb(250, 238, 218), 0.3), 0.8 * flakes)
+    return ("scale", "strawberry pattern")
 
 
 def _paint_bkl(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
-    canvas, body = lesion.canvas, lesion.body(0.035)
-    tan = (rgb(182, 134, 76), rgb(166, 116, 70), rgb(190, 146, 92))[rng.integers(3)]
-    canvas.blend(lesion.tint(_varied(rng, tan), 0.8), 0.94 * body)
-    ridges = np.abs(canvas.field(rng, 9, 2))
-    canvas.blend(lesion.tint(rgb(104, 66, 38), 0.85), 0.7 * smoothstep(np.asarray(ridges), 0.3, 0.05) * body)
-    rim = smoothstep(lesion.inside, 0.16, 0.03) * body
-    canvas.blend(lesion.tint(rgb(112, 72, 42), 0.85), 0.5 * rim)
+    canvas, body = lesion.canvas, lesion.body(0.04)
+    tan = (rgb(186, 136, 84), rgb(168, 116, 74), rgb(194, 148, 98))[rng.integers(3)]
+    canvas.blend(lesion.tint(_varied(rng, tan), 0.8), 0.93 * body)
+    canvas.blend(lesion.tint(rgb(128, 82, 50), 0.85), 0.5 * smoothstep(canvas.field(rng, 8, 4), 0.0, 1.4) * body)
+    ridges = smoothstep(np.abs(canvas.field(rng, 10, 3)), 0.36, 0.0)
+    canvas.blend(lesion.tint(rgb(104, 66, 40), 0.85), 0.6 * ridges * body)
+    rim = smoothstep(lesion.inside, 0.2, 0.02) * body
+    canvas.blend(lesion.tint(rgb(112, 72, 44), 0.85), 0.45 * rim)
     plugs = _spots(lesion, rng, lesion.scatter(rng, int(rng.integers(4, 9)), 0.85, 0.035), (0.008, 0.015))
-    canvas.blend(lesion.tint(rgb(66, 38, 24), 0.8), 0.85 * plugs)
+    canvas.blend(lesion.tint(rgb(66, 38, 26), 0.8), 0.85 * canvas.blur(plugs, 0.002))
     cysts = _spots(lesion, rng, lesion.scatter(rng, int(rng.integers(9, 18)), 0.88, 0.035), (0.008, 0.014), oblong=0.1)
-    canvas.blend(lesion.tint(rgb(255, 244, 208), 0.25), 0.95 * canvas.blur(cysts, 0.0025))
-    return ("milia-like cysts", "comedo-like openings", "sharp border")
+    canvas.blend(lesion.tint(rgb(255, 244, 212), 0.25), 0.95 * canvas.blur(cysts, 0.003))
+    return ("comedo-like openings", "milia-like cysts", "sharp border")
 
 
 def _paint_df(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
-    canvas, body = lesion.canvas, lesion.body(0.22)
-    canvas.blend(lesion.tint(_varied(rng, rgb(188, 132, 100)), 0.75), 0.8 * body)
-    cells = _honeycomb(canvas, rng, rng.uniform(0.032, 0.038), 0.2)
-    ring = smoothstep(lesion.inside, -0.15, 0.1) * smoothstep(lesion.inside, 0.6, 0.4)
-    canvas.blend(lesion.tint(rgb(122, 76, 52), 0.85), 0.6 * smoothstep(cells, 0.4, 0.15) * ring)
-    depth = np.asarray(lesion.inside + 0.06 * canvas.field(rng, 7, 2), np.float32)
-    canvas.blend(lesion.tint(_varied(rng, rgb(250, 234, 224), 4), 0.3), 0.9 * smoothstep(depth, 0.38, 0.62))
+    canvas, body = lesion.canvas, lesion.body(0.26)
+    mottle = canvas.field(rng, 7, 4)
+    canvas.blend(lesion.tint(_varied(rng, rgb(192, 134, 104)), 0.75), np.clip(0.76 + 0.1 * mottle, 0, 1) * body)
+    cells = _honeycomb(canvas, rng, rng.uniform(0.031, 0.037), 0.5)
+    ring = smoothstep(lesion.inside, -0.18, 0.12) * smoothstep(lesion.inside, 0.62, 0.4)
+    canvas.blend(lesion.tint(rgb(118, 74, 52), 0.85), 0.62 * smoothstep(cells, 0.44, 0.14) * ring)
+    depth = lesion.inside + 0.07 * mottle
+    canvas.blend(lesion.tint(_varied(rng, rgb(248, 230, 222), 4), 0.3), 0.88 * smoothstep(depth, 0.32, 0.66))
     return ("central white patch", "peripheral network")
 
 
 def _paint_vasc(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
-    canvas, body = lesion.canvas, lesion.body(0.06)
-    canvas.blend(lesion.tint(_varied(rng, rgb(206, 92, 104)), 0.5), 0.9 * body)
-    haze = smoothstep(canvas.field(rng, 7, 2), 0.2, 1.2) * body
-    canvas.blend(lesion.tint(rgb(236, 196, 204), 0.4), 0.5 * haze)
-    reds = (rgb(150, 14, 38), rgb(122, 14, 48), rgb(92, 16, 62), rgb(54, 14, 46))
+    canvas, body = lesion.canvas, lesion.body(0.08)
+    canvas.blend(lesion.tint(_varied(rng, rgb(202, 88, 102)), 0.5), 0.9 * body)
+    haze = smoothstep(canvas.field(rng, 8, 4), 0.0, 1.4) * body
+    canvas.blend(lesion.tint(rgb(236, 198, 206), 0.4), 0.5 * haze)
+    reds = (rgb(156, 16, 38), rgb(124, 14, 48), rgb(92, 16, 62), rgb(50, 14, 44))
     first = int(rng.integers(0, 3))
-    points = lesion.scatter(rng, int(rng.integers(11, 18)), 0.86, 0.055)
-    for colour, share in zip(
-        (reds[first], reds[first + 1]), np.array_split(points, [2 * len(points) // 3]), strict=True
-    ):
-        lacunae = canvas.blur(_spots(lesion, rng, share, (0.024, 0.034), oblong=0.3), 0.002)
-        canvas.blend(
-            lesion.tint(_varied(rng, colour, 4), 0.45), 0.95 * lacunae * smoothstep(lesion.inside, -0.04, 0.06)
-        )
+    points = lesion.scatter(rng, int(rng.integers(11, 18)), 0.86, 0.052)
+    shares = np.array_split(points, [2 * len(points) // 3])
+    inner = smoothstep(lesion.inside, -0.04, 0.06)
+    for colour, share in zip(reds[first : first + 2], shares, strict=True):
+        lacunae = canvas.blur(_spots(lesion, rng, share, (0.019, 0.036), oblong=0.35), 0.0035)
+        canvas.blend(lesion.tint(_varied(rng, colour, 4), 0.45), 0.95 * lacunae * inner)
     return ("lacunae",)
 
 
@@ -282,4 +288,5 @@ def paint_lesion(
     lesion = _outlined(canvas, rng, rng.uniform(*kind.radius), kind.roughness, kind.waves)
     lesion.darkening = np.clip(skin / _LIGHT_SKIN, 0.05, 1.0).astype(np.float32)
     structures = kind.paint(lesion, rng)
+    canvas.multiply(1 + 0.05 * canvas.field(rng, 24, 3) * lesion.body(0.2))
     return lesion.inside > 0, structures
