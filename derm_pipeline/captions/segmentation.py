@@ -52,7 +52,7 @@ class Scene:
     def skin(self) -> Mask:
         """Field outside the lesion's neighbourhood and the hairs; never empty."""
         margin = max(3, round(0.2 * float(np.sqrt(self.lesion.sum() / np.pi))))
-        near = cv2.dilate(self.lesion.astype(np.uint8), _disc(margin)).astype(bool)
+        near = cv2.dilate(self.lesion.astype(np.uint8), disc(margin)).astype(bool)
         for skin in (self.field & ~near & ~self.hair, self.field & ~self.lesion):
             if skin.mean() > 0.01:
                 return skin
@@ -76,7 +76,7 @@ def see(image: Pixels, hair: Mask | None = None) -> Scene:
         coverage = cv2.resize(hair.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
         hair_mask = coverage > 0.2
     clean = _without_dark_details(rgb, (dark_details > _DETAIL_CONTRAST) | hair_mask)
-    lab = _to_lab(clean)
+    lab = to_lab(clean)
     field = _field(lab[..., 0])
     return Scene(rgb=rgb, lab=lab, field=field, hair=hair_mask, lesion=_lesion(lab, field))
 
@@ -93,22 +93,24 @@ def _at_working_scale(image: Pixels) -> Pixels:
     return np.asarray(cv2.resize(image, size, interpolation=interpolation), dtype=np.uint8)
 
 
-def _to_lab(rgb: Pixels) -> Floats:
+def to_lab(rgb: Pixels) -> Floats:
+    """CIE L*a*b* under D65 of RGB pixels: L 0 to 100."""
     return np.asarray(cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB), dtype=np.float32)
 
 
-def _disc(radius: int) -> npt.NDArray[np.uint8]:
+def disc(radius: int) -> npt.NDArray[np.uint8]:
+    """A filled disc as structuring element, (2 radius + 1, 2 radius + 1)."""
     return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1)), dtype=np.uint8)
 
 
 def _dark_details(rgb: Pixels) -> npt.NDArray[np.uint8]:
     """How much darker each pixel is than the closing around it (black-hat), grey levels."""
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    return np.asarray(cv2.morphologyEx(grey, cv2.MORPH_BLACKHAT, _disc(3)), dtype=np.uint8)
+    return np.asarray(cv2.morphologyEx(grey, cv2.MORPH_BLACKHAT, disc(3)), dtype=np.uint8)
 
 
 def _without_dark_details(rgb: Pixels, details: Mask) -> Pixels:
-    clean = np.where(details[..., None], cv2.morphologyEx(rgb, cv2.MORPH_CLOSE, _disc(3)), rgb)
+    clean = np.where(details[..., None], cv2.morphologyEx(rgb, cv2.MORPH_CLOSE, disc(3)), rgb)
     return np.asarray(cv2.medianBlur(clean, 5), dtype=np.uint8)
 
 
@@ -128,7 +130,7 @@ def _field(lightness: Floats) -> Mask:
     corners = [label for label in (labels[0, 0], labels[0, -1], labels[-1, 0], labels[-1, -1]) if label]
     outside = np.isin(labels, corners)
     if outside.any():
-        outside = cv2.dilate(outside.astype(np.uint8), _disc(4)).astype(bool)
+        outside = cv2.dilate(outside.astype(np.uint8), disc(4)).astype(bool)
     return ~outside if outside.mean() < 0.8 else np.ones_like(outside)
 
 
