@@ -23,8 +23,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x (n, c, h, w), time (n,) in [0, 1000]) -> prediction (n, c, h, w), or (n, 2c, h, w) with a learned variance."""
 
 _LOG_SNR_MIN = -5.1
-"""Half log signal-to-noise ratio where sampling starts: a prediction of noise says nothing about x0 below it."""
-_KARRAS_RHO = 7.0
+"""Half log signal-to-noise ratio where sampling starts: a prediction of noise says nothing of x0 below it."""
 
 
 class Grid(NamedTuple):
@@ -154,15 +153,14 @@ class DDPM(NoiseLaw):
         return alpha * x - sigma * prediction, sigma * x + alpha * prediction
 
     def grid(self, num_steps: int) -> Grid:
-        """Karras' spacing of sigma / alpha (arXiv 2206.00364, equation 5) over the law's range, at fractional times."""
+        """Equal steps of the angle atan(sigma / alpha), at fractional times (the angle of arXiv 2202.00512)."""
         ratios = ((1 - self.alphas_cumprod()) / self.alphas_cumprod()).sqrt()
-        highest = min(float(ratios[-1]), math.exp(-_LOG_SNR_MIN))
-        ends = highest ** (1 / _KARRAS_RHO), float(ratios[0]) ** (1 / _KARRAS_RHO)
-        chosen = torch.linspace(*ends, num_steps, dtype=torch.float64) ** _KARRAS_RHO
-        steps = np.interp(chosen.log().numpy(), ratios.log().numpy(), np.arange(self.num_steps))
-        alphas = (1 + chosen**2).rsqrt()
-        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        return Grid(self.times(torch.from_numpy(steps)), torch.cat([alphas, one]), torch.cat([chosen * alphas, zero]))
+        lowest = math.atan(float(ratios[0]))
+        highest = math.atan(min(float(ratios[-1]), math.exp(-_LOG_SNR_MIN)))
+        angles = torch.linspace(highest, max(highest / num_steps, lowest), num_steps, dtype=torch.float64)
+        steps = np.interp(angles.tan().log().numpy(), ratios.log().numpy(), np.arange(self.num_steps))
+        angles = torch.cat([angles, torch.zeros(1, dtype=torch.float64)])
+        return Grid(self.times(torch.from_numpy(steps)), angles.cos(), angles.sin())
 
     def path(self, alpha: float, sigma: float) -> tuple[float, float, float]:
         return math.atan2(sigma, alpha), -sigma, alpha

@@ -64,7 +64,10 @@ def respaced(num_steps: int, spacing: str) -> list[int]:
         if not 1 <= count <= size:
             raise ValueError(f"cannot retain {count} of {size} steps; spacing {spacing!r} of {num_steps} steps")
         stride_within = (size - 1) / (count - 1) if count > 1 else 1.0
-        retained += [start + round(stride_within * position) for position in range(count)]
+        place = 0.0  # added up, as ADM does, so that halves round alike
+        for _ in range(count):
+            retained.append(start + round(place))
+            place += stride_within
         start += size
     return retained
 
