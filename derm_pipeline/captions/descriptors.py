@@ -35,6 +35,8 @@ burns."""
 
 _REFERENCE_AB = (11.0, 16.0)
 """CIELAB a* and b* of skin under a neutral light, nearly the same for all skin types."""
+_CAST_SHARE = 0.6
+"""Part of the skin's deviation from that hue which counts as the light's cast; the rest is flushed or sallow skin."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Measurements:
     """Fraction of the lesion covered by a dark mesh that encloses holes."""
     num_mesh_holes: int
     """Number of holes in that mesh."""
+    mesh_density: float
+    """Number of those holes in a thousandth of a square picture width, on average over the lesion."""
     num_dark_dots: int
     """Number of small dark round spots in the lesion."""
     num_bright_spots: int
@@ -221,17 +225,18 @@ def _border(scene: Scene, contrast: float) -> dict[str, float]:
 def _colour_names(lab: Floats, skin_lab: npt.NDArray[np.floating]) -> npt.NDArray[np.int8]:
     """Index into `COLOURS` of each pixel, -1 for the colour of the skin, (h, w).
 
-    The light's cast is what separates this skin's hue from that of skin in general; a cast multiplies, so dark pixels
-    carry less of it. White is relative to the skin; the others are absolute.
+    Part of what separates this skin's hue from that of skin in general is the light's cast (`_CAST_SHARE`); a cast
+    multiplies, so dark pixels carry less of it. White is relative to the skin; the others are absolute.
     """
     skin_lightness = max(float(skin_lab[0]), 1.0)
-    share = np.clip(lab[..., 0] / skin_lightness, 0, 1.2)
+    share = _CAST_SHARE * np.clip(lab[..., 0] / skin_lightness, 0, 1.2)
     lightness = lab[..., 0]
     a = lab[..., 1] + share * np.float32(_REFERENCE_AB[0] - skin_lab[1])
     b = lab[..., 2] + share * np.float32(_REFERENCE_AB[1] - skin_lab[2])
     chroma, skin_chroma = np.hypot(a, b), float(np.hypot(*_REFERENCE_AB))
-    distance = np.sqrt((lightness - skin_lightness) ** 2 + (a - _REFERENCE_AB[0]) ** 2 + (b - _REFERENCE_AB[1]) ** 2)
-    is_reddish = (a > 18) & (b < 0.75 * a)
+    distance = np.linalg.norm(lab - skin_lab.astype(np.float32), axis=2)
+    # Dark red and dark brown are close in hue, salmon and light brown are not.
+    is_reddish = (a > 20) & (b < np.where(lightness < 0.6 * skin_lightness, 0.62, 0.8) * a)
     rules: tuple[tuple[Colour | None, Mask], ...] = (
         (None, distance < 8),
         ("black", (lightness < 14) | ((lightness < 20) & (chroma < 10))),
@@ -282,6 +287,7 @@ def _structures(scene: Scene, lab: Floats) -> dict[str, float]:
     return {
         "network_fraction": float(mesh.sum()) / float(visible.sum()),
         "num_mesh_holes": num_holes,
+        "mesh_density": num_holes / float(visible.sum()) * 1e-3 * scene.lesion.shape[1] ** 2,
         "num_dark_dots": _num_round(visible & ((dark > _SPOT_CONTRAST) & (grey < middle - 10))),
         "num_bright_spots": _num_round(visible & ((bright > _SPOT_CONTRAST) & (grey > middle + 10))),
         "num_red_blobs": _num_round(visible & _red_cores(lab, visible), most_px=600, least_px=12),
@@ -291,7 +297,7 @@ def _structures(scene: Scene, lab: Floats) -> dict[str, float]:
 def _red_cores(lab: Floats, visible: Mask) -> Mask:
     """Pixels redder or darker than the lesion's middle, and red."""
     median = np.median(lab[visible], axis=0)
-    return np.asarray((lab[..., 1] > 22) & (lab[..., 2] < 0.9 * lab[..., 1]) & (lab[..., 0] < median[0] - 3))
+    return np.asarray((lab[..., 1] > 22) & (lab[..., 2] < 0.9 * lab[..., 1]) & (lab[..., 0] < median[0] - 5))
 
 
 def _num_round(mask: Mask, *, least_px: int = 3, most_px: int = 60) -> int:
@@ -299,5 +305,5 @@ def _num_round(mask: Mask, *, least_px: int = 3, most_px: int = 60) -> int:
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
     _, _, width, height, area = stats[1:].T
     fills = area / np.maximum(width * height, 1)
-    is_round = (np.minimum(width, height) >= 0.5 * np.maximum(width, height)) & (fills > 0.55)
+    is_round = (np.minimum(width, height) >= 0.5 * np.maximum(width, height)) & (fills > 0.5)
     return int((is_round & (area >= least_px) & (area <= most_px)).sum())

@@ -28,6 +28,7 @@ _PLACE_NOISE = 0.001
 """Variance added to the place, in picture widths squared."""
 _POSTERIOR = 0.25
 """A pixel above this probability is lesion: people draw the outline outside the half-way contour."""
+_SPUR_PX = 4
 _CENTRE_SPREAD = 0.3
 _SHARES = (0.03, 0.7)
 """The prior share of lesion stays within these: a picture has both lesion and skin."""
@@ -78,7 +79,10 @@ def see(image: Pixels, hair: Mask | None = None) -> Scene:
     clean = _without_dark_details(rgb, (dark_details > _DETAIL_CONTRAST) | hair_mask)
     lab = to_lab(clean)
     field = _field(lab[..., 0])
-    return Scene(rgb=rgb, lab=lab, field=field, hair=hair_mask, lesion=_lesion(lab, field))
+    lesion = _lesion(lab, field)
+    if hair is None:
+        hair_mask = _crossing_skin(hair_mask, lesion)
+    return Scene(rgb=rgb, lab=lab, field=field, hair=hair_mask, lesion=lesion)
 
 
 _DETAIL_CONTRAST = 12
@@ -117,10 +121,22 @@ def _without_dark_details(rgb: Pixels, details: Mask) -> Pixels:
 def long_lines(dark_details: npt.NDArray[np.uint8], *, length_px: int = 28) -> Mask:
     """Dark lines at least `length_px` long and much longer than wide: hairs, neither dots nor a ruler's ticks."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats((dark_details > _DETAIL_CONTRAST).astype(np.uint8))
-    length = np.hypot(stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT])
-    is_line = (length >= length_px) & (stats[:, cv2.CC_STAT_AREA] < 4 * length)
+    _, _, width, height, area = stats.T
+    length = np.hypot(width, height)
+    # One hair is thin; hairs that cross leave most of their box empty, which a pigment network does not.
+    is_line = (length >= length_px) & ((area < 4 * length) | (area < 0.2 * width * height))
     is_line[0] = False
     return np.asarray(is_line[labels], dtype=np.bool_)
+
+
+def _crossing_skin(lines: Mask, lesion: Mask) -> Mask:
+    """The lines that lie at least half on skin: hairs cross it, vessels and fissures stay in the lesion."""
+    count, labels = cv2.connectedComponents(lines.astype(np.uint8))
+    near = cv2.dilate(lesion.astype(np.uint8), disc(3)).astype(bool)
+    size, within = np.bincount(labels.ravel(), minlength=count), np.bincount(labels[near], minlength=count)
+    is_hair = within < 0.5 * size
+    is_hair[0] = False
+    return np.asarray(is_hair[labels], dtype=np.bool_)
 
 
 def _field(lightness: Floats) -> Mask:
@@ -138,6 +154,8 @@ def _lesion(lab: Floats, field: Mask) -> Mask:
     """The component of high posterior that is large and central, filled."""
     posterior = _posterior(lab, field)
     blob = (cv2.GaussianBlur(posterior, (0, 0), 2.0) > _POSTERIOR).astype(np.uint8)
+    # Hairs and furrows leave spurs; a lesion is wider than they are.
+    blob = np.asarray(cv2.morphologyEx(blob, cv2.MORPH_OPEN, disc(_SPUR_PX)), dtype=np.uint8)
     count, labels, stats, centres = cv2.connectedComponentsWithStats(blob)
     if count < 2:
         return np.zeros_like(field)

@@ -79,6 +79,8 @@ class MeasuredCaptionerConfig(BaseModel):
     """A mesh that covers more than this part of the lesion is a network."""
     network_holes: int = Field(default=12, ge=1)
     """A network encloses at least this number of holes."""
+    network_density: float = Field(default=0.25, ge=0)
+    """And at least this number in a thousandth of a square picture width."""
     num_spots: int = Field(default=8, ge=1)
     """This many dark dots, or bright spots, are worth a word."""
     num_red_blobs: int = Field(default=4, ge=1)
@@ -171,18 +173,21 @@ def _colours(measured: Measurements, config: MeasuredCaptionerConfig) -> str:
     shares = {colour: measured.colour_fraction(colour) for colour in COLOURS}
     named: list[Colour] = [colour for colour in COLOURS if shares[colour] >= config.colour_fraction]
     named.sort(key=lambda colour: -shares[colour])
-    uneven = "unevenly " if measured.colour_asymmetry > config.colour_asymmetry and len(named) > 1 else ""
     if not named:
         return "close to the colour of the skin"
+    if measured.colour_asymmetry > config.colour_asymmetry and len(named) > 1:
+        return f"unevenly coloured in {_listed(named)}"
     if shares[named[0]] < 0.5 or len(named) == 1:
-        return uneven + _listed(named)
-    return f"{uneven}mostly {named[0]} with {_listed(named[1:])}" if not uneven else uneven + _listed(named)
+        return _listed(named)
+    return f"mostly {named[0]} with {_listed(named[1:])}"
 
 
 def _structures(measured: Measurements, config: MeasuredCaptionerConfig) -> list[str]:
     found = []
     has_network = (
-        measured.network_fraction > config.network_fraction and measured.num_mesh_holes >= config.network_holes
+        measured.network_fraction > config.network_fraction
+        and measured.num_mesh_holes >= config.network_holes
+        and measured.mesh_density >= config.network_density
     )
     if has_network:
         found.append("a network-like texture")
@@ -191,7 +196,7 @@ def _structures(measured: Measurements, config: MeasuredCaptionerConfig) -> list
         found.append("dark dots")
     if measured.num_bright_spots >= config.num_spots and not has_network:
         found.append("small bright spots")
-    if measured.num_red_blobs >= config.num_red_blobs and measured.red > 0.3:
+    if measured.num_red_blobs >= config.num_red_blobs and measured.red > 0.4:
         found.append("rounded red areas")
     if measured.centre_lightness > config.centre_lightness:
         found.append("a paler centre")
