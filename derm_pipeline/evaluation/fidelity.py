@@ -66,9 +66,11 @@ class FidelityConfig(BaseModel):
     """Random halvings of the held-out real images, and draws of synthetic ones; at least 2."""
     neighbours: int = Field(default=5, ge=1)
     """k of precision, recall, density and coverage."""
-    one_image_per_lesion: bool = True
-    """Whether a repeat takes one random image of each lesion. Several images of one lesion resemble each other, which
-    would raise the floor and so flatter the synthetic images."""
+    one_image_per_lesion: bool = False
+    """Whether a repeat takes one random image of each lesion. For a generator that saw every lesion once; one that saw
+    every image must be held against every image. Lesions with several images differ from the rest: on HAM10000 real
+    training images scored 1.2 to 1.9 times the floor with one image of each lesion, and 0.84 to 1.01 times with all,
+    where the likeness within a lesion raises the floor a little."""
     min_kid_size: int = Field(default=20, ge=2)
     """Fewest images a side for a KID."""
     min_prdc_size: int = Field(default=50, ge=2)

@@ -163,9 +163,12 @@ def real_and_synthetic(rng, shift=0.0, num_lesions=300, num_synthetic=200, d=6):
     return real, FeatureSet(drawn, wanted.tolist())
 
 
+ONE_EACH = FidelityConfig(one_image_per_lesion=True)
+
+
 def test_synthetic_images_from_the_real_distribution_score_as_the_floor(rng):
     real, synthetic = real_and_synthetic(rng)
-    rows = {(row.metric, row.group): row for row in compare(synthetic, real, "classifier")}
+    rows = {(row.metric, row.group): row for row in compare(synthetic, real, "classifier", ONE_EACH)}
     kid_row = rows["kid_classifier", "all"]
     assert kid_row.low < kid_row.floor_high
     assert kid_row.ratio is None
@@ -191,9 +194,9 @@ def test_several_images_of_a_lesion_raise_the_floor_unless_one_of_each_is_taken(
         rows = compare(synthetic, real, "classifier", FidelityConfig(num_repeats=40, **changes))
         return next(row for row in rows if row.metric == "kid_classifier" and row.group == "nv")
 
-    honest, flattered = floor(), floor(one_image_per_lesion=False)
-    assert flattered.floor > honest.floor
-    assert flattered.n > honest.n
+    one_each, every = floor(one_image_per_lesion=True), floor()
+    assert every.floor > one_each.floor
+    assert every.n > one_each.n
 
 
 def test_the_three_sides_are_disjoint_in_lesions_and_equal_in_size_and_mix(rng, monkeypatch):
@@ -203,7 +206,7 @@ def test_the_three_sides_are_disjoint_in_lesions_and_equal_in_size_and_mix(rng, 
     monkeypatch.setattr(
         "derm_pipeline.evaluation.fidelity.mmd2", lambda a, b: seen.append((a[:, 0].copy(), b[:, 0].copy())) or 0.0
     )
-    compare(synthetic, real, "classifier", FidelityConfig(num_repeats=3, one_image_per_lesion=False))
+    compare(synthetic, real, "classifier", FidelityConfig(num_repeats=3))
     for index, (reference, other) in enumerate(seen):
         assert len(reference) == len(other)
         if index % 2:  # B against A
@@ -213,7 +216,7 @@ def test_the_three_sides_are_disjoint_in_lesions_and_equal_in_size_and_mix(rng, 
 
 def test_too_few_images_give_the_reason_and_no_number(rng):
     real, synthetic = real_and_synthetic(rng, num_lesions=60, num_synthetic=200, d=40)
-    rows = {(row.metric, row.group): row for row in compare(synthetic, real, "classifier")}
+    rows = {(row.metric, row.group): row for row in compare(synthetic, real, "classifier", ONE_EACH)}
     few = rows["kid_classifier", "mel"]
     assert few.n == 10
     assert (few.value, few.low, few.floor, few.ratio) == (None, None, None, None)
