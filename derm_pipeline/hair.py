@@ -42,9 +42,9 @@ class HairConfig(BaseModel):
     method: Literal["oriented", "canny_004"] = "oriented"
     """oriented: thin dark lines at a fixed working size. canny_004: 004's contour length in raw pixels."""
     hairy_score: float = Field(default=0.6, ge=0)
-    """Score (total hair length in image diagonals) from which an image is hairy; oriented only. On phantoms that were not
-    used to choose it, 4 of 361 images without hair scored as much and none of 359 with hair scored less
-    (benchmarks/hair_accuracy.py --seed 424242 --images-per-size 400 200 120). One or two faint hairs score less."""
+    """Score (total hair length in image diagonals) from which an image is hairy; oriented only. On phantoms not used to
+    choose it, 4 of 361 images without hair scored as much and none of 359 with hair scored less (hair_accuracy.py
+    --seed 424242 --images-per-size 400 200 120). One or two faint hairs score less."""
     working_long_side_px: int = Field(default=400, ge=200, le=2000)
     """Every image is brought to this long side first, pixels. A hair must be a pixel wide there."""
     hair_width: float = Field(default=0.0145, gt=0, le=0.1)
