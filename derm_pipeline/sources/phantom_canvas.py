@@ -75,7 +75,7 @@ class Canvas:
         self.image *= np.asarray(factor, np.float32)[..., None]
 
     def field(self, rng: np.random.Generator, cells: int, octaves: int = 3) -> Plane:
-        """Smooth noise (h, w) fixed to the lesion, mean 0, unit spread or so; its coarsest octave has `cells` a width."""
+        """Smooth noise (h, w) fixed to the lesion: mean 0, spread about 1, `cells` a width in its coarsest octave."""
         total = np.zeros((_FIELD_PX, _FIELD_PX), np.float32)
         weight, power = 1.0, 0.0
         for octave in range(octaves):
