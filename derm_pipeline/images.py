@@ -108,6 +108,7 @@ def inspect(path: Path, *, max_pixels: int = MAX_PIXELS) -> FileFacts:
             image.load()
     except (OSError, ValueError, SyntaxError) as error:
         raise BadImageError(f"the image is truncated or broken ({error})") from error
+    decode(content, max_pixels=max_pixels)  # the decoder of every later stage must agree; it forgives other things
     return FileFacts(hashlib.sha256(content).hexdigest(), len(content), width, height)
 
 

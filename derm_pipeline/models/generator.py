@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig
-from derm_pipeline.models.diffusion import DDPM, RectifiedFlow
+from derm_pipeline.models.diffusion import Law
 from derm_pipeline.models.dit import DiT, DiTConfig
 from derm_pipeline.models.runtime import load_weights, save_weights
 from derm_pipeline.records import Diagnosis, SkinType
 from derm_pipeline.store import write_json
-
-Law = Annotated[RectifiedFlow | DDPM, Field(discriminator="kind")]
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "diagnosis": tuple(diagnosis.value for diagnosis in Diagnosis),

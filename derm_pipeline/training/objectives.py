@@ -13,9 +13,9 @@ from torch import Tensor
 from derm_pipeline.images import Pixels
 from derm_pipeline.latents import latent_statistics, orient, to_model_range
 from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_loss
-from derm_pipeline.models.diffusion import RectifiedFlow
+from derm_pipeline.models.diffusion import Law, RectifiedFlow
 from derm_pipeline.models.dit import DiT, DiTConfig
-from derm_pipeline.models.generator import CLASSES, GeneratorSpec, Law
+from derm_pipeline.models.generator import CLASSES, GeneratorSpec
 from derm_pipeline.models.runtime import autocast, pick_device
 from derm_pipeline.training.loop import Trained, TrainingConfig, train
 
@@ -46,7 +46,7 @@ class GeneratorTraining(BaseModel):
     """Transformer blocks."""
     heads: int = Field(default=3, ge=1)
     """Attention heads."""
-    qk_norm: bool = True
+    qk_norm: bool = False
     """Whether queries and keys are normalised."""
     condition_init_std: float = Field(default=1.0, gt=0)
     """Spread of the initial condition embeddings; 0.02, the reference's, learns classes too slowly for short budgets."""
@@ -127,6 +127,7 @@ def train_generator(
             qk_norm=config.qk_norm,
             condition_init_std=config.condition_init_std,
             conditions={name: len(CLASSES[name]) for name in config.conditions},
+            learn_sigma=config.law.kind == "ddpm" and config.law.learned_variance,
         ),
         law=config.law,
         latent_mean=tuple(statistics["mean"]),

@@ -1,0 +1,33 @@
+"""Assembly: one set of definitions over one workspace."""
+
+from __future__ import annotations
+
+import warnings
+
+import dagster as dg
+
+from derm_pipeline.defs.progress import Show
+from derm_pipeline.defs.resources import Shower, default_workspace, workspace_resource
+from derm_pipeline.defs.workspace import Workspace
+
+# Observing raw files is in beta in dagster 1.13; it is tested here, and the warning would greet every start.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
+
+
+def build_defs(workspace: Workspace | None = None, show: Show | None = None) -> dg.Definitions:
+    """The definitions over a workspace (by default `data/` under the working directory).
+
+    Args:
+        workspace: where everything lies.
+        show: how progress is shown; None for the run's log.
+    """
+    from derm_pipeline.defs.assets.data import ASSETS
+    from derm_pipeline.defs.assets.recipes import recipe_assets
+    from derm_pipeline.defs.jobs import recipe_job
+
+    workspace = workspace or default_workspace()
+    return dg.Definitions(
+        assets=[*ASSETS, *recipe_assets(workspace)],
+        jobs=[recipe_job(name, workspace) for name in sorted(workspace.recipe_files)],
+        resources={"workspace": workspace_resource(workspace), "shower": Shower(show)},
+    )

@@ -1,0 +1,29 @@
+"""What assets are handed: the workspace, and how progress is shown. Dependency injection only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import dagster as dg
+
+from derm_pipeline.defs.progress import Show
+from derm_pipeline.defs.workspace import Workspace
+
+
+def default_workspace() -> Workspace:
+    """`data/` under the working directory; raw sources in `data/raw`, or where DERM_RAW says."""
+    data = Path(os.environ.get("DERM_DATA", "data")).resolve()
+    return Workspace(data=data, raw=Path(os.environ.get("DERM_RAW", data / "raw")).resolve())
+
+
+def workspace_resource(workspace: Workspace) -> dg.ResourceDefinition:
+    """The workspace as a resource."""
+    return dg.ResourceDefinition.hardcoded_resource(workspace)
+
+
+class Shower:
+    """Holds the progress hook; None means that assets log."""
+
+    def __init__(self, show: Show | None = None) -> None:
+        self.show = show

@@ -1,0 +1,333 @@
+"""The stages of a recipe up to its synthetic dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, RECORDS, SPLITS, decode_mask, image_files
+from derm_pipeline.defs.workspace import Workspace
+from derm_pipeline.records import Diagnosis, SkinType, Split
+from derm_pipeline.sources import SOURCES
+from derm_pipeline.store import Artifact, Build, Reference, Request
+
+if TYPE_CHECKING:
+    from derm_pipeline.generation import Cell
+    from derm_pipeline.images import Pixels
+    from derm_pipeline.latents import ImageFile, LatentConfig, Restore
+    from derm_pipeline.recipes.model import Recipe
+
+TRAINING_SET, EVALUATION_SET = "training_set.parquet", "evaluation_set.parquet"
+LOSSES = "losses.parquet"
+METADATA = "metadata.parquet"
+
+CODE_VERSIONS = {
+    "training_set": "1",
+    "evaluation_set": "1",
+    "autoencoder": "1",
+    "latents": "1",
+    "generator": "1",
+    "synthetic_dataset": "1",
+}
+"""Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
+
+OnProgress = Callable[[int, int], None]
+OnStep = Callable[[int, int, float], None]
+
+
+def training_set(workspace: Workspace, name: str) -> Artifact:
+    """The rows, captions and classes that the recipe's generator may see: train split only."""
+    from derm_pipeline.training.training_set import diagnosis_counts, select_training_set
+
+    recipe, store = workspace.recipe(name), workspace.store
+    asset = "metadata_captions" if recipe.training_set.caption == "metadata" else "visual_captions"
+    captions = {source: store.current(asset, source) for source in recipe.sources}
+    inputs = _inputs_by_source(workspace, recipe, "records") | {
+        f"{asset}/{source}": artifact.reference for source, artifact in captions.items()
+    }
+    inputs["splits"] = store.current("splits").reference
+    settings = {"training_set": recipe.training_set.model_dump(mode="json"), "sources": list(recipe.sources)}
+    request = Request("training_set", name, inputs, settings, CODE_VERSIONS["training_set"])
+
+    def make(build: Build) -> None:
+        texts = pa.concat_tables(
+            artifact.table(CAPTIONS, ["source", "image_id", "text"]) for artifact in captions.values()
+        )
+        rows = select_training_set(_records_of(workspace, recipe), store.current("splits").table(SPLITS), texts)
+        build.write_table(TRAINING_SET, rows)
+        build.counts.update(num_images=rows.num_rows, diagnoses=diagnosis_counts(rows))
+
+    return store.obtain(request, make)
+
+
+def evaluation_set(workspace: Workspace, name: str) -> Artifact:
+    """The held-out rows of the recipe's sources: what it is judged on, and no stage of the generator reads."""
+    from derm_pipeline.training.training_set import diagnosis_counts, split_rows
+
+    recipe, store = workspace.recipe(name), workspace.store
+    inputs = _inputs_by_source(workspace, recipe, "records")
+    inputs["splits"] = store.current("splits").reference
+    request = Request("evaluation_set", name, inputs, {"sources": list(recipe.sources)}, CODE_VERSIONS["evaluation_set"])
+
+    def make(build: Build) -> None:
+        records, splits = _records_of(workspace, recipe), store.current("splits").table(SPLITS)
+        parts = {split: split_rows(records, splits, split) for split in (Split.VAL, Split.TEST)}
+        tables = [
+            rows.append_column("split", pa.array([split.value] * rows.num_rows, pa.string()))
+            for split, rows in parts.items()
+        ]
+        build.write_table(EVALUATION_SET, pa.concat_tables(tables))
+        build.counts.update(
+            num_val=parts[Split.VAL].num_rows,
+            num_test=parts[Split.TEST].num_rows,
+            test_diagnoses=diagnosis_counts(parts[Split.TEST]),
+        )
+
+    return store.obtain(request, make)
+
+
+def _inputs_by_source(workspace: Workspace, recipe: Recipe, asset: str) -> dict[str, Reference]:
+    return {f"{asset}/{source}": workspace.store.current(asset, source).reference for source in recipe.sources}
+
+
+def _records_of(workspace: Workspace, recipe: Recipe) -> pa.Table:
+    return pa.concat_tables(workspace.store.current("records", source).table(RECORDS) for source in recipe.sources)
+
+
+def pixel_inputs(workspace: Workspace, recipe: Recipe) -> dict[str, Reference]:
+    """What else than its rows decides an image's pixels: the hair masks, where the recipe removes hair."""
+    return _inputs_by_source(workspace, recipe, "hair") if recipe.training_set.remove_hair else {}
+
+
+def squares(
+    workspace: Workspace, recipe: Recipe, rows: pa.Table, on_progress: OnProgress | None = None
+) -> Pixels:
+    """The images of these rows as the recipe sees them: (n, size_px, size_px, 3) uint8."""
+    return square_reader(workspace, recipe)(image_files(workspace, rows), on_progress)
+
+
+def square_reader(
+    workspace: Workspace, recipe: Recipe
+) -> Callable[[Sequence[ImageFile], OnProgress | None], Pixels]:
+    """A function that reads image files as the recipe sees them."""
+    from derm_pipeline.latents import read_squares
+
+    config, restore = recipe.latents, _restore(workspace, recipe)
+
+    def read(files: Sequence[ImageFile], on_progress: OnProgress | None = None) -> Pixels:
+        return read_squares(
+            files, size_px=config.size_px, geometry=config.geometry, restore=restore, on_progress=on_progress
+        )
+
+    return read
+
+
+def _restore(workspace: Workspace, recipe: Recipe) -> Restore | None:
+    if not recipe.training_set.remove_hair:
+        return None
+    from derm_pipeline.hair import remove_hair
+
+    masks: dict[str, bytes] = {}
+    for source in recipe.sources:
+        table = workspace.store.current("hair", source).table(HAIR, ["sha256", "is_hairy", "mask_png"])
+        masks |= {row["sha256"]: row["mask_png"] for row in table.to_pylist() if row["is_hairy"]}
+
+    def restore(image: Pixels, sha256: str) -> Pixels:
+        return remove_hair(image, decode_mask(masks[sha256])) if sha256 in masks else image
+
+    return restore
+
+
+def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) -> Artifact:
+    """The autoencoder, trained on the training set."""
+    recipe, store = workspace.recipe(name), workspace.store
+    rows = store.current("training_set", name)
+    settings = {
+        "autoencoder": recipe.autoencoder.model_dump(mode="json"),
+        "pixels": _pixel_settings(recipe.latents),
+        "remove_hair": recipe.training_set.remove_hair,
+    }
+    inputs = {"training_set": rows.reference} | pixel_inputs(workspace, recipe)
+    request = Request("autoencoder", name, inputs, settings, CODE_VERSIONS["autoencoder"])
+
+    def make(build: Build) -> None:
+        import torch
+
+        from derm_pipeline.latents import to_model_range
+        from derm_pipeline.models.generator import save_autoencoder
+        from derm_pipeline.training.objectives import psnr_db, reconstruct, train_autoencoder
+
+        images = squares(workspace, recipe, rows.table(TRAINING_SET))
+        model, trained = train_autoencoder(images, recipe.autoencoder, work=build.work, on_progress=on_step)
+        some = to_model_range(torch.from_numpy(images[:: max(1, len(images) // 256)]))
+        save_autoencoder(model, build.directory)
+        build.write_table(LOSSES, _loss_table(trained.losses))
+        build.counts.update(
+            num_images=len(images),
+            num_steps=len(trained.losses),
+            resumed_from_step=trained.resumed_from_step,
+            train_psnr_db=round(psnr_db(reconstruct(model, some), some), 2),
+        )
+
+    return store.obtain(request, make)
+
+
+def _pixel_settings(config: LatentConfig) -> dict[str, object]:
+    return {"size_px": config.size_px, "geometry": config.geometry}
+
+
+def _loss_table(losses: Sequence[float]) -> pa.Table:
+    return pa.table({"step": pa.array(range(1, len(losses) + 1), pa.int32()), "loss": pa.array(losses, pa.float64())})
+
+
+def latents(workspace: Workspace, name: str, on_progress: OnProgress | None = None) -> Artifact:
+    """The moments of the training set, in every orientation."""
+    recipe, store = workspace.recipe(name), workspace.store
+    rows, encoder = store.current("training_set", name), store.current("autoencoder", name)
+    inputs = {"training_set": rows.reference, "autoencoder": encoder.reference} | pixel_inputs(workspace, recipe)
+    settings = {
+        "latents": recipe.latents.model_dump(mode="json"),
+        "remove_hair": recipe.training_set.remove_hair,
+    }
+    request = Request("latents", name, inputs, settings, CODE_VERSIONS["latents"])
+
+    def make(build: Build) -> None:
+        import torch
+
+        from derm_pipeline.latents import encode_images
+        from derm_pipeline.models.generator import load_autoencoder
+        from derm_pipeline.models.runtime import autocast, pick_device
+
+        device = pick_device()
+        model = load_autoencoder(encoder.directory, device)
+        read = square_reader(workspace, recipe)
+
+        @torch.no_grad()
+        def encode(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with autocast(device):
+                mean, logvar = model.encode(batch.to(device))
+            return mean.float().cpu(), logvar.float().cpu()
+
+        num_reused = encode_images(
+            image_files(workspace, rows.table(TRAINING_SET)),
+            lambda files: read(files, None),
+            encode,
+            recipe.latents,
+            out=build.directory,
+            previous=_same_encoder(build, encoder),
+            on_progress=on_progress,
+        )
+        build.counts.update(
+            num_images=rows.counts["num_images"], num_orientations=recipe.latents.orientations, num_reused=num_reused
+        )
+
+    return store.obtain(request, make)
+
+
+def _same_encoder(build: Build, encoder: Artifact):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    previous = build.previous
+    if previous is None:
+        return None
+    used = previous.manifest.inputs["autoencoder"].content_digest
+    return previous.directory if used == encoder.manifest.content_digest else None
+
+
+def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) -> Artifact:
+    """The generator: weights, their moving average, what it is, and its loss curve."""
+    recipe, store = workspace.recipe(name), workspace.store
+    rows, moments = store.current("training_set", name), store.current("latents", name)
+    inputs = {"training_set": rows.reference, "latents": moments.reference}
+    settings = {"generator": recipe.generator.model_dump(mode="json")}
+    request = Request("generator", name, inputs, settings, CODE_VERSIONS["generator"])
+
+    def make(build: Build) -> None:
+        from derm_pipeline.latents import load_moments
+        from derm_pipeline.models.runtime import save_weights
+        from derm_pipeline.training.objectives import train_generator
+
+        table = rows.table(TRAINING_SET)
+        digests, tensors = load_moments(moments.directory)
+        if digests != table["sha256"].to_pylist():
+            raise ValueError(f"the latents of {name} are not those of its training set: materialise latents again")
+        spec, model, trained = train_generator(
+            tensors, _classes(table, recipe), recipe.generator, work=build.work, on_progress=on_step
+        )
+        spec.save(build.directory)
+        save_weights(build.path("weights.safetensors"), model.state_dict())
+        if trained.ema is not None:
+            save_weights(build.path("ema.safetensors"), trained.ema)
+        build.write_table(LOSSES, _loss_table(trained.losses))
+        build.counts.update(
+            num_weights=sum(weight.numel() for weight in model.parameters()),
+            num_steps=len(trained.losses),
+            resumed_from_step=trained.resumed_from_step,
+            final_loss=round(float(np.mean(trained.losses[-100:])), 4),
+        )
+
+    return store.obtain(request, make)
+
+
+def _classes(table: pa.Table, recipe: Recipe):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    import torch
+
+    from derm_pipeline.models.generator import class_index
+
+    return {
+        condition: torch.tensor([class_index(condition, value) for value in table[condition].to_pylist()])
+        for condition in {"diagnosis", *recipe.generator.conditions}
+    }
+
+
+def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress | None = None) -> Artifact:
+    """The samples that the recipe asks for, in the imagefolder convention, each with its provenance."""
+    recipe, store = workspace.recipe(name), workspace.store
+    used = {asset: store.current(asset, name) for asset in ("generator", "autoencoder", "training_set")}
+    inputs = {asset: artifact.reference for asset, artifact in used.items()}
+    settings = {"synthetic_dataset": recipe.synthetic_dataset.model_dump(mode="json")}
+    request = Request("synthetic_dataset", name, inputs, settings, CODE_VERSIONS["synthetic_dataset"])
+
+    def make(build: Build) -> None:
+        from derm_pipeline.generation import dataset_card, draw_samples, plan_samples, write_dataset
+
+        config = recipe.synthetic_dataset
+        requests = plan_samples(config, train_counts(used["training_set"].table(TRAINING_SET)))
+        images = draw_samples(
+            requests,
+            config,
+            generator=used["generator"].directory,
+            autoencoder=used["autoencoder"].directory,
+            work=build.work,
+            on_progress=on_progress,
+        )
+        metadata = write_dataset(
+            requests,
+            images,
+            config,
+            recipe=name,
+            generator_digest=used["generator"].manifest.content_digest,
+            autoencoder_digest=used["autoencoder"].manifest.content_digest,
+            write_bytes=build.write_bytes,
+        )
+        build.write_table(METADATA, metadata)
+        licences = [f"{SOURCES[source].title}: {SOURCES[source].licence}" for source in recipe.sources]
+        card = dataset_card(name, requests, licences=licences, size_px=images.shape[1])
+        build.write_bytes("README.md", card.encode())
+        asked = [request.diagnosis.value for request in requests]
+        build.counts.update(
+            num_samples=len(requests),
+            diagnoses={diagnosis.value: asked.count(diagnosis.value) for diagnosis in Diagnosis},
+        )
+
+    return store.obtain(request, make)
+
+
+def train_counts(table: pa.Table) -> dict[Cell, int]:
+    """How many training images each diagnosis and skin type has."""
+    counts: dict[Cell, int] = {}
+    for diagnosis, skin_type in zip(table["diagnosis"].to_pylist(), table["skin_type"].to_pylist(), strict=True):
+        cell = (Diagnosis(diagnosis), SkinType(skin_type) if skin_type else None)
+        counts[cell] = counts.get(cell, 0) + 1
+    return counts

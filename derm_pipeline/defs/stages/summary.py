@@ -1,0 +1,114 @@
+"""What is shown and checked of finished artifacts; the report of a recipe and the leaderboard of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, QUARANTINED, RECORDS, SPLITS, decode_mask, image_files
+from derm_pipeline.defs.stages.evaluation import (
+    CODE_VERSIONS,
+    COPIES,
+    FIDELITY,
+    GROUP_TABLES,
+    sample_images,
+)
+from derm_pipeline.defs.stages.generator import EVALUATION_SET, LOSSES, METADATA, TRAINING_SET, squares
+from derm_pipeline.defs.workspace import Workspace
+from derm_pipeline.images import Pixels, contact_sheet, decode, read_bytes, to_square
+from derm_pipeline.records import Diagnosis, Split
+from derm_pipeline.sources import SOURCES
+from derm_pipeline.store import WHOLE, Artifact, Build, Node, Request
+
+REPORT = "report.html"
+LEADERBOARD, LEADERBOARD_PAGE = "leaderboard.parquet", "leaderboard.html"
+
+
+def leaks(workspace: Workspace, training_set: Artifact) -> list[str]:
+    """What of the training set is also held out; nothing, or something is badly wrong."""
+    from derm_pipeline.training.training_set import training_set_problems
+
+    splits = workspace.store.current("splits").table(SPLITS)
+    return training_set_problems(training_set.table(TRAINING_SET), splits)
+
+
+def non_finite_moments(latents: Artifact) -> list[str]:
+    """Images whose moments are not all finite (a VAE that overflows in half precision)."""
+    from derm_pipeline.latents import load_moments
+
+    digests, moments = load_moments(latents.directory)
+    finite = moments.isfinite().flatten(1).all(1).tolist()
+    return [f"{digest[:12]} has moments that are not finite" for digest, ok in zip(digests, finite, strict=True) if not ok]
+
+
+def missing_provenance(dataset: Artifact) -> list[str]:
+    """Samples whose row lacks what is needed to draw them again."""
+    metadata = dataset.table(METADATA)
+    needed = ("file_name", "text", "prompt", "seed", "guidance", "num_steps", "solver", "generator_digest")
+    return [f"{name} is missing in {pc.sum(pc.is_null(metadata[name])).as_py()} rows" for name in needed if metadata[name].null_count]
+
+
+def copy_problems(fidelity: Artifact) -> list[str]:
+    """A sentence when samples are copies of training images more often than chance explains."""
+    copies = fidelity.counts["copies"]
+    if not copies["beyond_chance"]:
+        return []
+    return [
+        f"{copies['num_copies']} of {copies['num_samples']} samples are as near to a training image as only "
+        f"{copies['held_out_rate']:.2%} of {copies['num_held_out']} unseen real images are (p = {copies['p_value']:.2g})"
+    ]
+
+
+def loss_curve(artifact: Artifact) -> Pixels:
+    """The loss of every step as a picture."""
+    from derm_pipeline.evaluation.report import loss_curve_picture
+
+    losses = artifact.table(LOSSES)
+    return loss_curve_picture(losses["step"].to_numpy(), losses["loss"].to_numpy(), artifact.manifest.asset)
+
+
+def reconstructions(workspace: Workspace, name: str, count: int = 14) -> Pixels:
+    """Training images above what the autoencoder makes of them."""
+    images, rebuilt = _reconstructed(workspace, name, workspace.store.current("training_set", name).table(TRAINING_SET), count)
+    return contact_sheet(np.concatenate([images, rebuilt]), columns=len(images))
+
+
+def _reconstructed(workspace: Workspace, name: str, rows: pa.Table, count: int) -> tuple[Pixels, Pixels]:
+    import torch
+
+    from derm_pipeline.latents import to_model_range, to_pixels
+    from derm_pipeline.models.generator import load_autoencoder
+    from derm_pipeline.models.runtime import pick_device
+    from derm_pipeline.training.objectives import reconstruct
+
+    chosen = rows.take(np.linspace(0, rows.num_rows - 1, min(count, rows.num_rows)).round().astype(int))
+    images = squares(workspace, workspace.recipe(name), chosen)
+    model = load_autoencoder(workspace.store.current("autoencoder", name).directory, pick_device())
+    return images, to_pixels(reconstruct(model, to_model_range(torch.from_numpy(images))))
+
+
+def lineage_dict(node: Node) -> dict[str, Any]:
+    """A lineage walk as JSON."""
+    manifest = node.manifest
+    found: dict[str, Any] = {
+        "reference": str(node.reference),
+        "asset": node.reference.asset,
+        "partition": node.reference.partition,
+        "key": node.reference.key,
+        "content_digest": node.reference.content_digest,
+        "inputs": {role: lineage_dict(below) for role, below in sorted(node.inputs.items())},
+    }
+    if manifest is not None:
+        found |= {"code_version": manifest.code_version, "settings": manifest.settings, "counts": manifest.counts}
+    return found
+
+
+def report(workspace: Workspace, name: str) -> Artifact:
+    raise NotImplementedError
+
+
+def leaderboard(workspace: Workspace) -> Artifact:
+    raise NotImplementedError

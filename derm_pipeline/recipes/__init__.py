@@ -1,0 +1,97 @@
+"""Recipes: named, complete experiments as YAML files, shipped here and the user's own beside the data.
+
+`recipe_files` and `recipe_sources` read names only and are quick; `load_recipe` reads a recipe into its typed model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from derm_pipeline.recipes.model import Recipe
+
+SHIPPED = Path(__file__).parent
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file, the key and what is allowed."""
+
+
+def recipe_files(folders: Sequence[Path] = ()) -> dict[str, Path]:
+    """Name -> file of every recipe: the shipped ones, then those in `folders`, which must not take a shipped name."""
+    files: dict[str, Path] = {}
+    for folder in (SHIPPED, *folders):
+        for path in sorted(folder.glob("*.yaml")):
+            if path.stem in files:
+                raise RecipeError(f"{path}: the recipe {path.stem} exists already ({files[path.stem]}); rename one")
+            files[path.stem] = path
+    return files
+
+
+def read_recipe(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """The recipe's settings as plain data, with everything that it extends filled in.
+
+    Raises:
+        RecipeError: no such recipe, broken YAML, or a circle of `extends`.
+    """
+    settings: dict[str, Any] = {}
+    chain: list[str] = []
+    following: str | None = name
+    while following is not None:
+        if following not in files:
+            where = f"{files[chain[-1]]}: extends {following!r}" if chain else repr(following)
+            raise RecipeError(f"{where} is not a recipe; there are {', '.join(sorted(files))}")
+        if following in chain:
+            raise RecipeError(f"{files[following]}: recipes extend each other in a circle ({' -> '.join(chain)})")
+        chain.append(following)
+        own = _parse(files[following])
+        following = own.pop("extends", None)
+        settings = _merged(own, settings)
+    return settings
+
+
+def recipe_sources(name: str, files: Mapping[str, Path]) -> list[str]:
+    """The sources that a recipe names."""
+    sources = read_recipe(name, files).get("sources")
+    if not isinstance(sources, list) or not sources or not all(isinstance(source, str) for source in sources):
+        raise RecipeError(f"{files[name]}: `sources` must be a list of source names")
+    return sources
+
+
+def load_recipe(name: str, files: Mapping[str, Path]) -> Recipe:
+    """The recipe, checked.
+
+    Raises:
+        RecipeError: naming the file, the key and what is allowed there.
+    """
+    from pydantic import ValidationError
+
+    from derm_pipeline.recipes.model import Recipe, explain
+
+    settings = read_recipe(name, files)
+    try:
+        return Recipe.model_validate({"name": name, **settings})
+    except ValidationError as error:
+        raise RecipeError(explain(error, files[name])) from error
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of settings; see {SHIPPED / 'quickstart.yaml'}")
+    return settings
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
