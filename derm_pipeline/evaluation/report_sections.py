@@ -1,0 +1,343 @@
+"""The parts of a report that show what went in and what came out: data, training, samples, lineage, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from derm_pipeline.evaluation.markup import (
+    Child,
+    Markup,
+    as_yaml,
+    element,
+    facts,
+    number,
+    percent,
+    picture,
+    table,
+)
+from derm_pipeline.evaluation.plots import loss_chart
+from derm_pipeline.evaluation.report_content import (
+    CaptionExample,
+    ComparisonRow,
+    HairExamples,
+    LossCurve,
+    NearestPair,
+    Reconstructions,
+    ReportContent,
+)
+from derm_pipeline.images import Pixels
+from derm_pipeline.records import Diagnosis
+
+_MOST_QUARANTINED = 100
+_MOST_SHOWN = 14
+"""Pictures in one line of examples."""
+
+
+def section(key: str, title: str, *children: Child) -> Markup:
+    """One section with its heading; `key` is what the navigation points at."""
+    return element("section", element("h2", title), children, id=key)
+
+
+def paragraph(*children: Child) -> Markup:
+    """Words for people."""
+    return element("p", children)
+
+
+def missing(what: str) -> Markup:
+    """Said instead of a part that there is no data for."""
+    return element("p", f"{what}: not made in this run.", class_="missing")
+
+
+def in_words(diagnosis: str) -> Child:
+    """A diagnosis as its code, with its phrase under the pointer."""
+    if diagnosis in set(Diagnosis):
+        return element("abbr", diagnosis, title=Diagnosis(diagnosis).phrase)
+    return diagnosis
+
+
+# --- Data ---------------------------------------------------------------------------------------------------------
+
+
+def data_section(content: ReportContent, side_px: int) -> Markup:
+    """Sources, quarantined rows, splits, hair, captions."""
+    return section(
+        "data",
+        "Data",
+        paragraph(
+            "Every image comes from one of these sources. A file that is broken, or a row that cannot be read, "
+            "becomes no "
+            "record; it is quarantined with its reason, never dropped silently."
+        ),
+        _sources(content.sources) if content.sources else missing("Sources"),
+        _quarantined(content.quarantined),
+        element("h3", "Splits"),
+        paragraph(
+            "All images of a lesion, a patient and their duplicates are in one split. The generator learns from train; "
+            "figures of nearness and of classifiers are about test, which neither it nor any classifier has learned "
+            "from."
+        ),
+        _splits(content.split_counts) if content.split_counts else missing("Splits"),
+        _hair(content.hair, side_px) if content.hair else None,
+        _captions(content.captions, side_px) if content.captions else None,
+    )
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> Markup:
+    names = _diagnoses(source.get("diagnoses", {}) for source in sources)
+    headers = ["source", "licence", "images", "lesions", "quarantined", *names]
+    keys = ("num_records", "num_lesions", "num_quarantined")
+    rows = [
+        [
+            str(source.get("name", "")),
+            element("span", str(source.get("licence") or "not known"), class_="wide"),
+            *(source.get(key) for key in keys),
+            *(source.get("diagnoses", {}).get(name, 0) for name in names),
+        ]
+        for source in sources
+    ]
+    return table(headers, rows)
+
+
+def _diagnoses(counts: Iterable[Mapping[str, int]]) -> list[str]:
+    """Every diagnosis that is counted: the canonical ones in their order, then others."""
+    found = {name for one in counts for name in one}
+    canonical = [name.value for name in Diagnosis if name.value in found]
+    return canonical + sorted(found - set(canonical))
+
+
+def _quarantined(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    if not rows:
+        return paragraph("Nothing was quarantined.")
+    headers = ["source", "image", "file", "reason"]
+    keys = ("source", "image_id", "file", "reason")
+    shown = [[str(row.get(key) or "") for key in keys] for row in rows[:_MOST_QUARANTINED]]
+    more = len(rows) - len(shown)
+    rest = paragraph(f"and {more:,} more, in the records artifact.") if more else None
+    return element("details", element("summary", f"{len(rows):,} quarantined rows"), table(headers, shown), rest)
+
+
+def _splits(counts: Mapping[str, Mapping[str, int]]) -> Markup:
+    names = _diagnoses(counts.values())
+    rows: list[list[Child]] = [
+        [split, sum(own.values()), *(own.get(name, 0) for name in names)] for split, own in counts.items()
+    ]
+    return table(["split", "images", *names], rows)
+
+
+def _hair(hair: HairExamples, side_px: int) -> Markup:
+    pairs = list(zip(hair.images, hair.overlaid, strict=True))[:_MOST_SHOWN]
+    return element(
+        "div",
+        element("h3", "Hair"),
+        paragraph(
+            f"{percent(hair.hairy_fraction)} of n = {hair.num_images:,} images are hairy. Above the image, below it "
+            f"the "
+            "same with what was taken for hair in colour."
+        ),
+        _columns(([(image, "image"), (overlaid, "its hair mask")] for image, overlaid in pairs), side_px),
+    )
+
+
+def _columns(columns: Iterable[Sequence[tuple[Pixels, str]]], side_px: int) -> Markup:
+    """Pictures in columns of a few each, which wrap on narrow pages."""
+    stacks = (
+        element("div", (picture(image, alt, side_px=side_px) for image, alt in stack), class_="stack")
+        for stack in columns
+    )
+    return element("div", stacks, class_="pictures")
+
+
+def _captions(examples: Sequence[CaptionExample], side_px: int) -> Markup:
+    items = (
+        element(
+            "div",
+            picture(example.image, "captioned image", side_px=side_px),
+            facts(
+                [
+                    ("from the record", example.metadata or "no such caption"),
+                    ("from the image", example.visual or "no such caption"),
+                ]
+            ),
+            class_="caption",
+        )
+        for example in examples[:_MOST_SHOWN]
+    )
+    return element(
+        "div",
+        element("h3", "Captions"),
+        paragraph(
+            "What the generator may be told: the record's known fields, or what can be seen. Unknown is never said."
+        ),
+        element("div", items, class_="captions"),
+    )
+
+
+# --- Training and samples -----------------------------------------------------------------------------------------
+
+
+def training_section(content: ReportContent, side_px: int) -> Markup:
+    """Loss curves and reconstructions."""
+    curves = [_curve(name, curve) for name, curve in content.losses.items() if len(curve.steps)]
+    return section(
+        "training",
+        "Training",
+        paragraph(
+            "The loss of every step: the line is the mean over a fortieth of the steps, the shade behind it the "
+            "range of "
+            "the single steps. A loss says that training went on, not that the images are good."
+        ),
+        element("div", curves, class_="losses") if curves else missing("Loss curves"),
+        _reconstructions(content.reconstructions, side_px) if content.reconstructions else None,
+    )
+
+
+def _curve(name: str, curve: LossCurve) -> Markup:
+    finite = np.isfinite(curve.losses)
+    if not finite.any():
+        return paragraph(f"{name}: no loss is finite.")
+    return loss_chart(curve.steps[finite], curve.losses[finite], label=f"{name}: loss, n = {len(curve.steps):,} steps")
+
+
+def _reconstructions(found: Reconstructions, side_px: int) -> Markup:
+    quality = ""
+    if found.psnr_db is not None:
+        count = f"n = {found.num_images:,} held-out images" if found.num_images else "held-out images"
+        quality = f" Mean PSNR {found.psnr_db:.1f} dB over {count}; higher is nearer, without an interval."
+    pairs = list(zip(found.images, found.rebuilt, strict=True))[:_MOST_SHOWN]
+    return element(
+        "div",
+        element("h3", "Reconstructions"),
+        paragraph(
+            "A real image, and below it what the autoencoder makes of it. No sample can be sharper than these."
+            + quality
+        ),
+        _columns(([(image, "real"), (rebuilt, "reconstruction")] for image, rebuilt in pairs), side_px),
+    )
+
+
+def samples_section(content: ReportContent, side_px: int) -> Markup:
+    """Real images and samples side by side, a row a diagnosis."""
+    rows = (_comparison(row, side_px) for row in content.comparison)
+    return section(
+        "samples",
+        "Samples beside real images",
+        paragraph(
+            "One line a diagnosis: real images on the left, samples on the right, light to dark skin. They are "
+            "examples, not a figure."
+        ),
+        element("div", _comparison_head(), rows, class_="comparison") if content.comparison else missing("Samples"),
+    )
+
+
+def _comparison_head() -> Markup:
+    names = ("", "real", "samples")
+    return element("div", (element("div", name) for name in names), class_="compare head", aria_hidden="true")
+
+
+def _comparison(row: ComparisonRow, side_px: int) -> Markup:
+    phrase = Diagnosis(row.diagnosis).phrase if row.diagnosis in set(Diagnosis) else ""
+    return element(
+        "div",
+        element("div", element("b", row.diagnosis), element("small", phrase), class_="label"),
+        _strip(row.real, row.real_labels, f"real {row.diagnosis}", side_px),
+        _strip(row.samples, row.sample_labels, f"sample of {row.diagnosis}", side_px),
+        class_="compare",
+    )
+
+
+def _strip(images: Pixels, labels: Sequence[str], kind: str, side_px: int) -> Markup:
+    if not len(images):
+        return element("div", element("span", f"no {kind}", class_="missing"), class_="strip")
+    cells = (
+        element("figure", picture(image, f"{kind}, {label}", side_px=side_px), element("figcaption", label))
+        for image, label in list(zip(images, labels, strict=True))[:8]
+    )
+    return element("div", cells, class_="strip")
+
+
+# --- Nearest pairs ------------------------------------------------------------------------------------------------
+
+
+def nearest_pairs(pairs: Sequence[NearestPair], side_px: int) -> Markup:
+    """The contact sheet of the samples nearest to a training image, each above it."""
+    cells = (
+        element(
+            "figure",
+            picture(pair.sample, f"sample {pair.sample_label}", side_px=side_px),
+            picture(pair.nearest, f"training image {pair.nearest_label}", side_px=side_px),
+            element(
+                "figcaption",
+                f"r = {pair.correlation:.2f}",
+                element("b", " copy", class_="bad") if pair.is_copy else None,
+                element("br"),
+                element("small", pair.sample_label, element("br"), pair.nearest_label),
+            ),
+        )
+        for pair in pairs[:16]
+    )
+    return element("div", cells, class_="pictures pairs")
+
+
+# --- Lineage and settings -----------------------------------------------------------------------------------------
+
+
+def lineage_section(content: ReportContent) -> Markup:
+    """The tree of artifacts that the figures rest on, the recipe, the libraries."""
+    tree = _tree(content.lineage) if content.lineage else missing("Lineage")
+    versions = facts((name, version) for name, version in sorted(content.libraries.items()))
+    return section(
+        "lineage",
+        "Lineage and settings",
+        paragraph(
+            "Which artifact was made from which, down to the publishers' files. The digest is that of the content: the "
+            "same digest is the same bytes. An artifact that several others use is opened once."
+        ),
+        tree,
+        element("h3", "Recipe"),
+        element("details", element("summary", "all settings"), as_yaml(content.settings))
+        if content.settings
+        else missing("Settings"),
+        element("h3", "Libraries"),
+        versions if content.libraries else missing("Versions"),
+    )
+
+
+def _tree(root: Mapping[str, Any]) -> Markup:
+    shown: set[str] = set()
+
+    def grow(role: str | None, node: Mapping[str, Any], depth: int) -> Markup:
+        name, digest = str(node.get("reference", "")), str(node.get("content_digest") or "")
+        inputs: Mapping[str, Any] = node.get("inputs") or {}
+        is_again = bool(inputs) and name in shown
+        shown.add(name)
+        head = [
+            element("span", f"{role}: ", class_="role") if role else None,
+            element("code", name),
+            element("span", f" {digest[:12]}", class_="digest", title=digest) if digest else None,
+            element("span", " (opened above)", class_="digest") if is_again else None,
+        ]
+        if not inputs or is_again:
+            return element("li", head)
+        below = element("ul", (grow(role, child, depth + 1) for role, child in inputs.items()))
+        return element("li", element("details", element("summary", head), below, open=depth < 2))
+
+    return element("div", element("ul", grow(None, root, 0), class_="tree"), class_="scroll")
+
+
+def image_count(content: ReportContent) -> tuple[int, int]:
+    """Images and lesions of all sources."""
+    keys = ("num_records", "num_lesions")
+    images, lesions = (sum(int(source.get(key) or 0) for source in content.sources) for key in keys)
+    return images, lesions
+
+
+def totals(content: ReportContent) -> Iterator[str]:
+    """What the figures are about, in a few words each."""
+    images, lesions = image_count(content)
+    yield f"{number(images)} images of {number(lesions)} lesions"
+    yield f"{content.size_px} x {content.size_px} px"
+    if held_out := sum(content.split_counts.get("test", {}).values()):
+        yield f"{number(held_out)} test images"
