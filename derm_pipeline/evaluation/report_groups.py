@@ -55,7 +55,7 @@ def groups_section(content: ReportContent) -> Markup:
         ),
         legend(arms),
         element("h3", "The worst group of each axis"),
-        _worst(records_of(worst), arms),
+        _worst(records_of(worst), rows, arms),
         _gains(content),
         element("h3", "Every group"),
         [_axis(axis, [row for row in rows if row["axis"] == axis], arms) for axis in axes],
@@ -72,22 +72,22 @@ def _contest_name(axis: str, metric: str) -> Markup:
     return element("span", element("b", axis_words(axis)), element("small", metric_words(metric), class_="remark"))
 
 
-def _worst(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> Markup:
+def _worst(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], arms: Sequence[str]) -> Markup:
     if not rows:
         return paragraph("No group is large enough to be judged by, so none is called the worst.")
     lines = []
     for axis, metric in _contests(rows):
         own = [row for row in rows if (row["axis"], row["metric"]) == (axis, metric)]
         own.sort(key=lambda row: arms.index(row["arm"]))
-        lines.append(Row(_contest_name(axis, metric), _worst_note(own), [_worst_mark(row) for row in own]))
+        of = {row["group"] for row in groups if (row["axis"], row["metric"]) == (axis, metric)}
+        name = _contest_name(axis, f"{metric}, {own[0]['num_groups']} of {len(of)} groups")
+        lines.append(Row(name, _worst_note(own), [_worst_mark(row) for row in own]))
     return element(
         "div",
         paragraph(
-            "The least figure among the groups that are large enough; which group that is may differ between arms. "
-            "The least "
-            "of several noisy figures is low even where all groups are alike: the table gives the minimum to expect "
-            "then, and "
-            "the chance of one as low as this."
+            "The least figure among the groups that are large enough (how many of how many is said); which group that "
+            "is may differ between arms. The least of several noisy figures is low even where all groups are alike: the "
+            "table gives the minimum to expect then, and the chance of one as low as this."
         ),
         dot_plot(lines, share_scale(), label="worst groups"),
         element("details", element("summary", "Worst groups as a table"), _worst_table(rows)),

@@ -142,8 +142,20 @@ def _worst_card(content: ReportContent) -> Markup | None:
             for row in chosen
         ),
         metric_words(chosen[0]["metric"]),
+        _too_few(content, chosen[0]["axis"], chosen[0]["metric"]),
         tone="double",
     )
+
+
+def _too_few(content: ReportContent, axis: str, metric: str) -> str:
+    """Who is not judged at all: that a group is too small to be the worst must not hide it."""
+    rows = [] if content.groups is None else records_of(content.groups)
+    own = [row for row in rows if (row["axis"], row["metric"]) == (axis, metric) and not row["eligible"]]
+    left = dict.fromkeys(f"{group_words(row['group'])} (n = {row['n']:,})" for row in own)
+    if not left:
+        return ""
+    shown = list(left)[:3] + ([f"{len(left) - 3} more"] if len(left) > 3 else [])
+    return f"not judged, too few images: {', '.join(shown)}"
 
 
 def _gain_card(content: ReportContent) -> Markup | None:

@@ -508,3 +508,16 @@ def test_matplotlib_and_pandas_come_only_when_needed():
         "print([name for name in ('torch', 'matplotlib', 'pandas', 'dagster') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_groups_too_small_to_be_judged_are_named_in_the_headline(content):
+    words = Page(render_report(content)).words
+    assert ("not judged, too few images" in words) == bool(
+        (~content.groups[content.groups.axis == "skin_tone"].eligible).any()
+    )
+    dark = content.groups.group == "dark"
+    without = content.groups.assign(eligible=True)
+    small = without.assign(eligible=~dark)
+    n = content.groups[dark].n.iloc[0]
+    assert "not judged, too few images" not in Page(render_report(replace(content, groups=without))).words
+    assert f"not judged, too few images: dark (n = {n})" in Page(render_report(replace(content, groups=small))).words
