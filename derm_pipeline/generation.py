@@ -1,7 +1,7 @@
 """Prompts x seeds -> images, with one provenance row each.
 
-Sample i depends on its own seed and prompt only: noise comes from the sample's seed, the samplers are deterministic, and every
-batch has the same size (the last one is padded).
+Sample i depends on its own seed and prompt only: noise comes from the sample's seed, the samplers are deterministic,
+and every batch has the same size (the last one is padded).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SamplingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: Literal["balanced", "fill"] = "balanced"
-    """balanced: every diagnosis (and skin type) equally often; fill: what the training set has few of, up to its most."""
+    """balanced: every diagnosis (and skin type) equally often; fill: more of what the training set has few of."""
     num_samples: int = Field(default=700, ge=1)
     """Samples in all."""
     skin_types: tuple[SkinType, ...] = tuple(SkinType)
@@ -79,8 +79,8 @@ class SampleRequest:
 def plan_samples(config: SamplingConfig, train_counts: Mapping[Cell, int]) -> list[SampleRequest]:
     """The samples to draw, in order, given how many training images each cell has.
 
-    balanced spreads `num_samples` evenly over the diagnoses and, within each, over the skin types. fill gives every cell a
-    part in proportion to what it lacks of the fullest cell.
+    balanced spreads `num_samples` evenly over the diagnoses and, within each, over the skin types. fill gives every
+    cell a part in proportion to what it lacks of the fullest cell.
     """
     skin_types: tuple[SkinType | None, ...] = config.skin_types or (None,)
     cells: list[Cell] = [(diagnosis, skin_type) for diagnosis in Diagnosis for skin_type in skin_types]
@@ -90,7 +90,7 @@ def plan_samples(config: SamplingConfig, train_counts: Mapping[Cell, int]) -> li
         most = max(train_counts.values(), default=1)
         lacking = {cell: float(most - train_counts.get(cell, 0)) for cell in cells}
     counts = _apportion(config.num_samples, lacking)
-    requests = []
+    requests: list[SampleRequest] = []
     for cell in cells:
         for _ in range(counts[cell]):
             number = len(requests)
@@ -99,14 +99,11 @@ def plan_samples(config: SamplingConfig, train_counts: Mapping[Cell, int]) -> li
 
 
 def _apportion(total: int, weights: Mapping[Cell, float]) -> Counter[Cell]:
-    """Whole numbers that sum to `total` in proportion to the weights (largest remainders; diagnoses take turns in ties)."""
+    """Whole numbers in proportion to the weights that sum to `total`: largest remainders, diagnoses taking turns."""
     scale = total / (sum(weights.values()) or 1)
     shares = {cell: weight * scale for cell, weight in weights.items()}
     counts = Counter({cell: int(share) for cell, share in shares.items()})
     turn = {cell: place for place, cell in enumerate(sorted(shares, key=lambda cell: (cell[1] or 0, cell[0])))}
-    by_diagnosis = Counter[Diagnosis]()
-    for cell, count in counts.items():
-        by_diagnosis[cell[0]] += count
     order = sorted(shares, key=lambda cell: (-round(shares[cell] - int(shares[cell]), 9), turn[cell]))
     for cell in order[: total - sum(counts.values())]:
         counts[cell] += 1
@@ -206,7 +203,10 @@ def write_dataset(
         rows.append(row)
     schema = pa.schema(
         [
-            *[pa.field(name, pa.string()) for name in ("file_name", "text", "sample_id", "recipe", "prompt", "diagnosis")],
+            *[
+                pa.field(name, pa.string())
+                for name in ("file_name", "text", "sample_id", "recipe", "prompt", "diagnosis")
+            ],
             pa.field("skin_type", pa.int32()),
             pa.field("seed", pa.int64()),
             pa.field("guidance", pa.float64()),
@@ -237,9 +237,9 @@ task_categories: [image-classification, text-to-image]
 ---
 # Synthetic skin lesions: {recipe}
 
-{len(requests)} images of {size_px} x {size_px} px, drawn by a generator, of nobody. Made by `derm_pipeline`, recipe `{recipe}`.
-Each row of `metadata.parquet` says what the generator was told (`prompt`), the sample's seed and settings, and the digest
-of the generator; `derm lineage {recipe}/000000` walks from an image to the source files.
+{len(requests)} images of {size_px} x {size_px} px, drawn by a generator, of nobody. Made by `derm_pipeline`, recipe
+`{recipe}`. Each row of `metadata.parquet` says what the generator was told (`prompt`), the sample's seed and settings,
+and the digest of the generator; `derm lineage {recipe}/000000` walks from an image to the source files.
 
 | diagnosis | images |
 |---|---|
@@ -247,6 +247,6 @@ of the generator; `derm lineage {recipe}/000000` walks from an image to the sour
 
 Trained on sources under: {"; ".join(licences)}. Use it under terms that all of them allow.
 
-Not for diagnosis, not for training a device without evidence of its benefit: see the recipe's report for who it helps and
-whom it fails.
+Not for diagnosis, not for training a device without evidence of its benefit: see the recipe's report for who it helps
+and whom it fails.
 """

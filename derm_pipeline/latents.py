@@ -98,7 +98,7 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Pixels:
-    """Float (n, 3, h, w) in [-1, +1] -> uint8 (n, h, w, 3): clamp(127.5 x + 128, 0, 255), as the public DiT samplers."""
+    """Float (n, 3, h, w) in [-1, +1] -> uint8 (n, h, w, 3): clamp(127.5 x + 128, 0, 255), as public DiT samplers."""
     import torch
 
     scaled = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
@@ -107,7 +107,7 @@ def to_pixels(images: Tensor) -> Pixels:
 
 
 def orient(images: Tensor, orientation: int) -> Tensor:
-    """One of eight orientations of a batch (n, c, h, w): 2 k is turned by k x 90 degrees, 2 k + 1 also mirrored."""
+    """One of 8 orientations of a batch (n, c, h, w): 2 k is turned by k x 90 degrees, 2 k + 1 is also mirrored."""
     import torch
 
     turned = torch.rot90(images, orientation // 2, (2, 3))

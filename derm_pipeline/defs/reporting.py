@@ -84,5 +84,7 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "nothing"
     head = "| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0])
-    body = "\n".join("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows)
+    body = "\n".join(
+        "| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows
+    )
     return f"{head}\n{body}"

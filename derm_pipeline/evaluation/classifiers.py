@@ -1,7 +1,7 @@
 """Classifiers: what the synthetic data is good for, measured arm by arm.
 
-Every arm gets the same network, the same number of optimiser steps and the same seeds; nothing is chosen by looking at the
-test split, so the last weights are the ones that count.
+Every arm gets the same network, the same number of optimiser steps and the same seeds; nothing is chosen by looking at
+the test split, so the last weights are the ones that count.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Prediction:
 
 
 class SmallResNet(nn.Module):
-    """A residual network for small images: PixelUnshuffle(4) stem, three resolutions, 8-way invariant by augmentation."""
+    """A residual network for small images: PixelUnshuffle(4) stem, three resolutions, mean pooling."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ def train_arms(
     """
     out.mkdir(parents=True, exist_ok=True)
     jobs = [(arm, seed) for seed in range(config.num_seeds) for arm in config.arms]
-    models = {}
+    models: dict[tuple[str, int], SmallResNet] = {}
     for done, (arm, seed) in enumerate(jobs, start=1):
         path = out / weights_name(arm, seed)
         if path.exists():

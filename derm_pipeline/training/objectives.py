@@ -49,7 +49,7 @@ class GeneratorTraining(BaseModel):
     qk_norm: bool = False
     """Whether queries and keys are normalised."""
     condition_init_std: float = Field(default=1.0, gt=0)
-    """Spread of the initial condition embeddings; 0.02, the reference's, learns classes too slowly for short budgets."""
+    """Spread of the initial condition embeddings; the reference's 0.02 learns classes too slowly in a short budget."""
     conditions: tuple[Literal["diagnosis", "skin_type"], ...] = ("diagnosis", "skin_type")
     """What the generator is told of an image."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)

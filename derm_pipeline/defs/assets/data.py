@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from derm_pipeline.captions.metadata import names_unknown
 from derm_pipeline.defs import partitions
-from derm_pipeline.defs.assets.shared import OWNERS, progress
+from derm_pipeline.defs.assets.shared import OWNERS, Asset, progress
 from derm_pipeline.defs.reporting import check, materialised, thumbnail
 from derm_pipeline.defs.resources import Shower
 from derm_pipeline.defs.stages import data as stages
@@ -26,6 +26,7 @@ _THUMBNAIL_PX = 96
     description="The publisher's files as they lie; a cheap fingerprint (names, sizes, times) is the data version.",
 )
 def raw_images(context: dg.OpExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.DataVersionsByPartition:
+    """The publisher's files as they lie."""
     versions = {}
     for source in SOURCES:
         try:
@@ -181,4 +182,4 @@ def _overlays(workspace: Workspace, rows: pa.Table, artifact: Artifact) -> Pixel
     return thumbnail(np.stack(pictures), columns=7, rows=2)
 
 
-ASSETS = [raw_images, records, hair, metadata_captions, visual_captions, splits]
+ASSETS: list[Asset] = [raw_images, records, hair, metadata_captions, visual_captions, splits]

@@ -8,14 +8,14 @@ from derm_pipeline.defs.assets import data
 from derm_pipeline.defs.assets.shared import GPU_POOL, OWNERS, progress
 from derm_pipeline.defs.reporting import check, materialised, thumbnail
 from derm_pipeline.defs.resources import Shower
-from derm_pipeline.defs.stages import evaluation, generator, summary
+from derm_pipeline.defs.stages import evaluation, generator, reports, summary
 from derm_pipeline.defs.workspace import Workspace
 
 MIN_AGREEMENT = 0.5
 """Below this agreement a generator does not draw what it is asked for; far above chance (1 in 7), far below good."""
 
 
-def recipe_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:
+def recipe_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:  # noqa: C901  one graph, read top to bottom
     """The assets that are partitioned by recipe, and the leaderboard."""
     recipes = partitions.recipes(workspace)
     by_source = partitions.sources_to_recipes(workspace)
@@ -38,9 +38,7 @@ def recipe_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:
         code_version=generator.CODE_VERSIONS["training_set"],
         check_specs=[dg.AssetCheckSpec("nothing_held_out_is_trained_on", asset="training_set", blocking=True)],
     )
-    def training_set(
-        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]
-    ) -> dg.MaterializeResult:
+    def training_set(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
         """The rows, captions and classes that this recipe's generator may see: train split only."""
         artifact = generator.training_set(workspace, context.partition_key)
         problems = summary.leaks(workspace, artifact)
@@ -119,7 +117,9 @@ def recipe_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:
         owners=OWNERS,
         pool=GPU_POOL,
         code_version=generator.CODE_VERSIONS["synthetic_dataset"],
-        check_specs=[dg.AssetCheckSpec("every_sample_tells_where_it_came_from", asset="synthetic_dataset", blocking=True)],
+        check_specs=[
+            dg.AssetCheckSpec("every_sample_tells_where_it_came_from", asset="synthetic_dataset", blocking=True)
+        ],
     )
     def synthetic_dataset(
         context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
@@ -203,8 +203,8 @@ def recipe_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:
     )
     def report(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
         """One self-contained HTML page: images, curves, tables, lineage."""
-        artifact = summary.report(workspace, context.partition_key)
-        url = dg.MetadataValue.url(artifact.path(summary.REPORT).resolve().as_uri())
+        artifact = reports.report(workspace, context.partition_key)
+        url = dg.MetadataValue.url(artifact.path(reports.REPORT).resolve().as_uri())
         return materialised(artifact, metadata={"report": url})
 
     @dg.asset(
@@ -216,8 +216,8 @@ def recipe_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:
     )
     def leaderboard(workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
         """All recipes side by side."""
-        artifact = summary.leaderboard(workspace)
-        rows = artifact.table(summary.LEADERBOARD).to_pylist()
+        artifact = reports.leaderboard(workspace)
+        rows = artifact.table(reports.LEADERBOARD).to_pylist()
         return materialised(artifact, tables={"leaderboard": rows})
 
     return [

@@ -5,6 +5,8 @@ import dagster as dg
 from derm_pipeline.defs.progress import Progress, logging_show
 from derm_pipeline.defs.resources import Shower
 
+Asset = dg.AssetsDefinition | dg.SourceAsset
+
 OWNERS = ["team:derm_pipeline"]
 
 GPU_POOL = "gpu"

@@ -80,8 +80,7 @@ def image_files(workspace: Workspace, rows: pa.Table) -> list[ImageFile]:
     """The files of rows of the records, with the digests that they must have."""
     columns = (rows[name].to_pylist() for name in ("source", "file", "sha256"))
     return [
-        ImageFile(workspace.source_folder(source) / file, sha256)
-        for source, file, sha256 in zip(*columns, strict=True)
+        ImageFile(workspace.source_folder(source) / file, sha256) for source, file, sha256 in zip(*columns, strict=True)
     ]
 
 

@@ -149,9 +149,7 @@ def _classifier_figures(
         "num_test": int(is_test.sum()),
         "num_seeds": len(judged),
         "balanced_accuracy": {arm: round(float(np.mean(values)), 4) for arm, values in by_arm.items()},
-        "agreement": {
-            key: round(float(np.mean([one[key] for one in agreements])), 4) for key in agreements[0]
-        },
+        "agreement": {key: round(float(np.mean([one[key] for one in agreements])), 4) for key in agreements[0]},
         "num_samples": metadata.num_rows,
     }
 
@@ -267,7 +265,9 @@ def group_metrics(workspace: Workspace, name: str) -> Artifact:
     recipe, store = workspace.recipe(name), workspace.store
     predictions = store.current("classifiers", name)
     settings = {"group_metrics": recipe.group_metrics.model_dump(mode="json")}
-    request = Request("group_metrics", name, {"classifiers": predictions.reference}, settings, CODE_VERSIONS["group_metrics"])
+    request = Request(
+        "group_metrics", name, {"classifiers": predictions.reference}, settings, CODE_VERSIONS["group_metrics"]
+    )
 
     def make(build: Build) -> None:
         from derm_pipeline.evaluation.groups import group_metrics as compute

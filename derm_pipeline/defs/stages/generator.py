@@ -70,7 +70,9 @@ def evaluation_set(workspace: Workspace, name: str) -> Artifact:
     recipe, store = workspace.recipe(name), workspace.store
     inputs = _inputs_by_source(workspace, recipe, "records")
     inputs["splits"] = store.current("splits").reference
-    request = Request("evaluation_set", name, inputs, {"sources": list(recipe.sources)}, CODE_VERSIONS["evaluation_set"])
+    request = Request(
+        "evaluation_set", name, inputs, {"sources": list(recipe.sources)}, CODE_VERSIONS["evaluation_set"]
+    )
 
     def make(build: Build) -> None:
         records, splits = _records_of(workspace, recipe), store.current("splits").table(SPLITS)
@@ -102,16 +104,12 @@ def pixel_inputs(workspace: Workspace, recipe: Recipe) -> dict[str, Reference]:
     return _inputs_by_source(workspace, recipe, "hair") if recipe.training_set.remove_hair else {}
 
 
-def squares(
-    workspace: Workspace, recipe: Recipe, rows: pa.Table, on_progress: OnProgress | None = None
-) -> Pixels:
+def squares(workspace: Workspace, recipe: Recipe, rows: pa.Table, on_progress: OnProgress | None = None) -> Pixels:
     """The images of these rows as the recipe sees them: (n, size_px, size_px, 3) uint8."""
     return square_reader(workspace, recipe)(image_files(workspace, rows), on_progress)
 
 
-def square_reader(
-    workspace: Workspace, recipe: Recipe
-) -> Callable[[Sequence[ImageFile], OnProgress | None], Pixels]:
+def square_reader(workspace: Workspace, recipe: Recipe) -> Callable[[Sequence[ImageFile], OnProgress | None], Pixels]:
     """A function that reads image files as the recipe sees them."""
     from derm_pipeline.latents import read_squares
 

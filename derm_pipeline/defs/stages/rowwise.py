@@ -1,18 +1,17 @@
-"""Row-wise stages: each image on its own, so rows are reused by digest, resumed by chunk, and worked on by every core."""
+"""Row-wise stages: each image on its own, so rows are reused by digest, resumed by chunk, made on every core."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from derm_pipeline.latents import ImageFile
+from derm_pipeline.sources.base import num_cores
 from derm_pipeline.store import Build, write_table
 
 CHUNK = 128
@@ -66,34 +65,18 @@ def _compute_chunk(compute: Callable[[Sequence[ImageFile]], pa.Table], chunk: Se
 
 def _map_chunks(
     work: Callable[[Sequence[ImageFile]], pa.Table], chunks: Sequence[Sequence[ImageFile]]
-) -> map[pa.Table] | list[pa.Table]:
-    num_workers = min(len(chunks), len(os.sched_getaffinity(0)))
+) -> Iterator[pa.Table]:
+    num_workers = min(len(chunks), num_cores())
     if num_workers <= 1:
-        return [work(chunk) for chunk in chunks]
+        yield from map(work, chunks)
+        return
     # Not forked: this process may hold threads (torch, dagster), whose locks a fork would copy.
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_one_thread)
-    return _draining(pool, work, chunks)
-
-
-def _draining(
-    pool: ProcessPoolExecutor,
-    work: Callable[[Sequence[ImageFile]], pa.Table],
-    chunks: Sequence[Sequence[ImageFile]],
-) -> map[pa.Table]:
-    def results():  # type: ignore[no-untyped-def]  # noqa: ANN202
-        with pool:
-            yield from pool.map(work, chunks)
-
-    return results()  # type: ignore[return-value]
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_one_thread) as pool:
+        yield from pool.map(work, chunks)
 
 
 def _one_thread() -> None:
     import cv2
 
     cv2.setNumThreads(1)
-
-
-def null_share(table: pa.Table, column: str) -> float:
-    """Part of the rows without a value."""
-    return pc.sum(pc.is_null(table[column])).as_py() / max(1, table.num_rows)

@@ -1,30 +1,15 @@
-"""What is shown and checked of finished artifacts; the report of a recipe and the leaderboard of all."""
+"""What is checked and pictured of finished artifacts."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, QUARANTINED, RECORDS, SPLITS, decode_mask, image_files
-from derm_pipeline.defs.stages.evaluation import (
-    CODE_VERSIONS,
-    COPIES,
-    FIDELITY,
-    GROUP_TABLES,
-    sample_images,
-)
-from derm_pipeline.defs.stages.generator import EVALUATION_SET, LOSSES, METADATA, TRAINING_SET, squares
+from derm_pipeline.defs.stages.data import SPLITS
+from derm_pipeline.defs.stages.generator import LOSSES, METADATA, TRAINING_SET, squares
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.images import Pixels, contact_sheet, decode, read_bytes, to_square
-from derm_pipeline.records import Diagnosis, Split
-from derm_pipeline.sources import SOURCES
-from derm_pipeline.store import WHOLE, Artifact, Build, Node, Request
-
-REPORT = "report.html"
-LEADERBOARD, LEADERBOARD_PAGE = "leaderboard.parquet", "leaderboard.html"
+from derm_pipeline.images import Pixels, contact_sheet
+from derm_pipeline.store import Artifact
 
 
 def leaks(workspace: Workspace, training_set: Artifact) -> list[str]:
@@ -41,14 +26,16 @@ def non_finite_moments(latents: Artifact) -> list[str]:
 
     digests, moments = load_moments(latents.directory)
     finite = moments.isfinite().flatten(1).all(1).tolist()
-    return [f"{digest[:12]} has moments that are not finite" for digest, ok in zip(digests, finite, strict=True) if not ok]
+    return [
+        f"{digest[:12]} has moments that are not finite" for digest, ok in zip(digests, finite, strict=True) if not ok
+    ]
 
 
 def missing_provenance(dataset: Artifact) -> list[str]:
     """Samples whose row lacks what is needed to draw them again."""
     metadata = dataset.table(METADATA)
     needed = ("file_name", "text", "prompt", "seed", "guidance", "num_steps", "solver", "generator_digest")
-    return [f"{name} is missing in {pc.sum(pc.is_null(metadata[name])).as_py()} rows" for name in needed if metadata[name].null_count]
+    return [f"{metadata[name].null_count} rows have no {name}" for name in needed if metadata[name].null_count]
 
 
 def copy_problems(fidelity: Artifact) -> list[str]:
@@ -58,13 +45,13 @@ def copy_problems(fidelity: Artifact) -> list[str]:
         return []
     return [
         f"{copies['num_copies']} of {copies['num_samples']} samples are as near to a training image as only "
-        f"{copies['held_out_rate']:.2%} of {copies['num_held_out']} unseen real images are (p = {copies['p_value']:.2g})"
+        f"{copies['held_out_rate']:.2%} of {copies['num_held_out']} unseen real images (p = {copies['p_value']:.2g})"
     ]
 
 
 def loss_curve(artifact: Artifact) -> Pixels:
     """The loss of every step as a picture."""
-    from derm_pipeline.evaluation.report import loss_curve_picture
+    from derm_pipeline.evaluation.plots import loss_curve_picture
 
     losses = artifact.table(LOSSES)
     return loss_curve_picture(losses["step"].to_numpy(), losses["loss"].to_numpy(), artifact.manifest.asset)
@@ -72,11 +59,14 @@ def loss_curve(artifact: Artifact) -> Pixels:
 
 def reconstructions(workspace: Workspace, name: str, count: int = 14) -> Pixels:
     """Training images above what the autoencoder makes of them."""
-    images, rebuilt = _reconstructed(workspace, name, workspace.store.current("training_set", name).table(TRAINING_SET), count)
+    images, rebuilt = reconstructed(
+        workspace, name, workspace.store.current("training_set", name).table(TRAINING_SET), count
+    )
     return contact_sheet(np.concatenate([images, rebuilt]), columns=len(images))
 
 
-def _reconstructed(workspace: Workspace, name: str, rows: pa.Table, count: int) -> tuple[Pixels, Pixels]:
+def reconstructed(workspace: Workspace, name: str, rows: pa.Table, count: int) -> tuple[Pixels, Pixels]:
+    """A few of the images of these rows, and what the recipe's autoencoder makes of them."""
     import torch
 
     from derm_pipeline.latents import to_model_range, to_pixels
@@ -88,27 +78,3 @@ def _reconstructed(workspace: Workspace, name: str, rows: pa.Table, count: int) 
     images = squares(workspace, workspace.recipe(name), chosen)
     model = load_autoencoder(workspace.store.current("autoencoder", name).directory, pick_device())
     return images, to_pixels(reconstruct(model, to_model_range(torch.from_numpy(images))))
-
-
-def lineage_dict(node: Node) -> dict[str, Any]:
-    """A lineage walk as JSON."""
-    manifest = node.manifest
-    found: dict[str, Any] = {
-        "reference": str(node.reference),
-        "asset": node.reference.asset,
-        "partition": node.reference.partition,
-        "key": node.reference.key,
-        "content_digest": node.reference.content_digest,
-        "inputs": {role: lineage_dict(below) for role, below in sorted(node.inputs.items())},
-    }
-    if manifest is not None:
-        found |= {"code_version": manifest.code_version, "settings": manifest.settings, "counts": manifest.counts}
-    return found
-
-
-def report(workspace: Workspace, name: str) -> Artifact:
-    raise NotImplementedError
-
-
-def leaderboard(workspace: Workspace) -> Artifact:
-    raise NotImplementedError

@@ -1,0 +1,152 @@
+"""What the command line tells of finished work: figures of a recipe, and the walk from an image to its sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from derm_pipeline.defs.stages.generator import METADATA
+from derm_pipeline.defs.stages.reports import LEADERBOARD_PAGE, REPORT, lineage_dict
+from derm_pipeline.defs.workspace import Workspace
+from derm_pipeline.store import Artifact, StoreError, digest_of_file, read_artifact
+
+FORMAT = "derm_pipeline/lineage/1"
+
+
+def trace(workspace: Workspace, name: str) -> dict[str, Any]:
+    """The walk from an artifact, or from one synthetic image (its file or sample_id), as JSON.
+
+    Raises:
+        StoreError: nothing is called that.
+    """
+    store = workspace.store
+    found = _sample(workspace, name)
+    if found is None:
+        artifact = store.resolve(name)
+        return {"format": FORMAT, "image": None, "artifact": lineage_dict(store.lineage(artifact))}
+    dataset, row = found
+    row["sha256"] = digest_of_file(dataset.path(row["file_name"]))
+    return {"format": FORMAT, "image": row, "artifact": lineage_dict(store.lineage(dataset))}
+
+
+def _sample(workspace: Workspace, name: str) -> tuple[Artifact, dict[str, Any]] | None:
+    path = Path(name)
+    if path.is_file():
+        dataset = path.resolve().parent.parent
+        return _row(read_artifact(dataset), "file_name", f"images/{path.name}")
+    recipe, _, number = name.partition("/")
+    if not number.isdigit() or recipe not in workspace.store.partitions("synthetic_dataset"):
+        return None
+    return _row(workspace.store.current("synthetic_dataset", recipe), "sample_id", f"{recipe}/{int(number):06d}")
+
+
+def _row(dataset: Artifact, column: str, value: str) -> tuple[Artifact, dict[str, Any]]:
+    if dataset.manifest.asset != "synthetic_dataset":
+        raise StoreError(f"{dataset.reference} is not a synthetic dataset")
+    table = dataset.table(METADATA)
+    rows = table.filter(pc.equal(table[column], value)).to_pylist()
+    if not rows:
+        raise StoreError(f"{dataset.reference} has no image {value}; it has {table.num_rows:,}")
+    return dataset, rows[0]
+
+
+def tree_lines(walk: dict[str, Any]) -> list[str]:
+    """The walk as a tree; what was shown before is named again but not unfolded."""
+    lines = []
+    image = walk["image"]
+    if image is not None:
+        lines.append(f"image {image['sample_id']}  sha256 {image['sha256'][:16]}")
+        shown = ("prompt", "text", "seed", "guidance", "num_steps", "solver", "generator_digest", "autoencoder_digest")
+        lines += [f"  {name}: {image[name]}" for name in shown]
+    seen: set[str] = set()
+    _branch(walk["artifact"], "", "", lines, seen)
+    return lines
+
+
+def _branch(node: dict[str, Any], lead: str, role: str, lines: list[str], seen: set[str]) -> None:
+    reference = node["reference"]
+    again = " (above)" if reference in seen else ""
+    lines.append(f"{lead}{reference}  {node['content_digest'][:16]}{_facts(node)}{again}")
+    if reference in seen:
+        return
+    seen.add(reference)
+    below = lead.replace("├─ ", "│  ").replace("└─ ", "   ")
+    inputs = list(node["inputs"].items())
+    for position, (name, child) in enumerate(inputs):
+        joint = "└─ " if position == len(inputs) - 1 else "├─ "
+        _branch(child, below + joint, name, lines, seen)
+
+
+def _facts(node: dict[str, Any]) -> str:
+    counts = node.get("counts", {})
+    shown = ("num_samples", "num_steps", "num_images", "num_records")
+    facts = [f"{name[4:]} {counts[name]:,}" for name in shown if name in counts]
+    if "source_files_digest" in counts:
+        facts.append(f"source files' digest {counts['source_files_digest'][:16]}")
+    return f"  [{', '.join(facts)}]" if facts else ""
+
+
+def summary_lines(workspace: Workspace, name: str) -> list[str]:
+    """A recipe's figures, each with its n, and where its report lies."""
+    store = workspace.store
+    assets = ("training_set", "evaluation_set", "synthetic_dataset", "classifiers", "fidelity", "group_metrics")
+    counts = {asset: store.current(asset, name).counts for asset in assets}
+    judged = counts["classifiers"]
+    return [
+        f"{name}: {workspace.recipe(name).title}",
+        f"  images     {counts['training_set']['num_images']:,} train, {counts['evaluation_set']['num_val']:,} val, "
+        f"{counts['evaluation_set']['num_test']:,} test; {counts['synthetic_dataset']['num_samples']:,} samples",
+        f"  agreement  {judged['agreement']['all']:.3f} of {judged['num_samples']:,} samples show the diagnosis asked "
+        f"for (mean of {judged['num_seeds']} real-trained classifiers)",
+        *_fidelity_lines(counts["fidelity"]),
+        *_arm_lines(counts["group_metrics"]),
+        f"  report     {store.current('report', name).path(REPORT)}",
+        f"  all        {store.current('leaderboard').path(LEADERBOARD_PAGE)}",
+    ]
+
+
+def _fidelity_lines(counts: dict[str, Any]) -> list[str]:
+    lines = []
+    for metric in ("fd_classifier", "kid_classifier"):
+        score = counts[metric]
+        if score["value"] is None:
+            lines.append(f"  {metric:10} refused: {score['reason']}")
+        else:
+            lines.append(
+                f"  fidelity   {metric} {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}], real against "
+                f"real {score['floor']:.3f}, n {score['n']:,} a side"
+            )
+    copies = counts["copies"]
+    if copies["num_copies"] is None:
+        lines.append(f"  copies     no verdict: {copies['reason']}")
+    else:
+        verdict = "more than chance explains" if copies["beyond_chance"] else "no more than chance explains"
+        lines.append(
+            f"  copies     {verdict}: {copies['num_copies']} of {copies['num_samples']:,} samples near a training image"
+            f", as {copies['held_out_rate']:.1%} of {copies['num_held_out']:,} unseen real images are "
+            f"(p = {copies['p_value']:.2g})"
+        )
+    return lines
+
+
+def _arm_lines(counts: dict[str, Any]) -> list[str]:
+    lines = [
+        f"  balanced accuracy  {arm:15} {_with_interval(figure)}"
+        for arm, figure in counts.get("balanced_accuracy", {}).items()
+    ]
+    for axis in ("diagnosis x skin_tone", "diagnosis"):
+        for arm, worst in counts.get("worst", {}).get(axis, {}).items():
+            gain = counts.get("worst_gain", {}).get(axis, {}).get(arm)
+            against = f"; against real {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else ""
+            lines.append(f"  worst group        {arm:15} {_with_interval(worst)}, {worst['group']}{against}")
+        if axis in counts.get("worst", {}):
+            break
+    return lines
+
+
+def _with_interval(figure: dict[str, Any]) -> str:
+    if figure["low"] is None:
+        return f"{figure['value']:.3f}, n {figure['n']:,}"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}], n {figure['n']:,}"
