@@ -107,7 +107,8 @@ def percent(share: Any, digits: int = 1) -> str:
 
 def points(gain: Any) -> str:
     """A difference of shares in percentage points, with its sign."""
-    return f"{100 * float(gain):+.1f}".replace("-", "\u2212") if is_known(gain) else NOTHING
+    # Adding 0 makes a rounded -0 positive.
+    return f"{round(100 * float(gain), 1) + 0.0:+.1f}".replace("-", "\u2212") if is_known(gain) else NOTHING
 
 
 def number(value: Any) -> str:

@@ -72,9 +72,13 @@ class Scale:
         return round(100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 2)
 
 
-def share_scale() -> Scale:
-    """0 to 100 %."""
-    return Scale(0, 1, lambda value: percent(value, 0), (0, 0.25, 0.5, 0.75, 1))
+def share_scale(rows: Sequence[Row]) -> Scale:
+    """Up to 100 %, from 0 %, or from 50, 75 or 90 % where nothing in the rows is lower."""
+    marks = (mark for row in rows for mark in row.marks)
+    least = min((mark.value if mark.low is None else min(mark.low, mark.value) for mark in marks), default=0.0)
+    start = max(edge for edge in (0, 0.5, 0.75, 0.9) if edge <= max(0.0, least))
+    ticks = tuple(start + (1 - start) * part for part in (0, 0.25, 0.5, 0.75, 1))
+    return Scale(start, 1, lambda value: percent(value).replace(".0", ""), ticks)
 
 
 def gain_scale(values: Sequence[Any]) -> Scale:
@@ -128,7 +132,14 @@ def dot_plot(rows: Sequence[Row], scale: Scale, *, label: str) -> Markup:
             )
         )
     axis = element("svg", _tick_texts(scale), width="100%", height=18, class_="track", aria_hidden="true")
-    foot = element("div", element("div", class_="label"), element("div", axis, class_="plot"), class_="row axis")
+    start = f"the axis begins at {scale.text(scale.low)}" if scale.low > 0 else None
+    foot = element(
+        "div",
+        element("div", class_="label"),
+        element("div", axis, class_="plot"),
+        element("div", start, class_="rownote"),
+        class_="row axis",
+    )
     return element("div", lines, foot, class_="dots")
 
 

@@ -43,8 +43,8 @@ ARMS = ("real", "synthetic", "real+synthetic", "oversampling")
 _METRICS = {
     "fd": "Fréchet distance: how far the two clouds of features are apart. Lower is nearer.",
     "fid": "Fréchet inception distance: how far the two clouds of features are apart. Lower is nearer.",
-    "kid": "Kernel distance: the same question without bias at small n; about 0 for equal clouds, also below. Lower is "
-    "nearer.",
+    "kid": "Kernel distance: the same question, less biased at small n. Lower is nearer; below 0 is usual for the "
+    "floor, as both sides hold the same mix of diagnoses: read it beside the floor.",
     "precision": "Share of samples that lie among the real images. Higher is better, up to the floor's.",
     "recall": "Share of real images that lie among the samples: is everything covered? Higher is better.",
     "density": "As precision, but by how many real images are around a sample. Higher is better, 1 is usual.",
@@ -119,7 +119,7 @@ def agreement_section(content: ReportContent) -> Markup:
             f"{percent(1 / len(Diagnosis))}. "
             "Very high agreement can also mean that samples are caricatures; read it beside recall and coverage."
         ),
-        dot_plot(rows, share_scale(), label="agreement") if rows else missing("Agreement"),
+        dot_plot(rows, share_scale(rows), label="agreement") if rows else missing("Agreement"),
     )
 
 
@@ -266,7 +266,8 @@ def overall_section(content: ReportContent) -> Markup:
     if frame is None or not len(frame):
         return section("overall", "Does it help overall?", missing("Classifiers"))
     rows, arms = records_of(frame), arms_of(frame)
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    metrics = list(dict.fromkeys(row["metric"] for row in rows if row["metric"] not in _LOWER_IS_BETTER))
+    shares = [_overall_row(metric, rows, arms) for metric in metrics]
     return section(
         "overall",
         "Does it help overall?",
@@ -279,11 +280,7 @@ def overall_section(content: ReportContent) -> Markup:
             f"with {percent(content.confidence, 0)} bootstrap intervals by lesion."
         ),
         legend(arms),
-        dot_plot(
-            [_overall_row(m, rows, arms) for m in metrics if m not in _LOWER_IS_BETTER],
-            share_scale(),
-            label="overall figures",
-        ),
+        dot_plot(shares, share_scale(shares), label="overall figures"),
         _probabilities([row for row in rows if row["metric"] in _LOWER_IS_BETTER], arms),
         _details("All figures", _overall_table(rows)),
     )

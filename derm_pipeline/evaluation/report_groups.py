@@ -85,11 +85,11 @@ def _worst(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], arm
     return element(
         "div",
         paragraph(
-            "The least figure among the groups that are large enough (how many of how many is said); which group that "
-            "is may differ between arms. The least of several noisy figures is low even where all groups are alike: the "
-            "table gives the minimum to expect then, and the chance of one as low as this."
+            "The least figure among the groups that are large enough (how many of how many is said); which "
+            "group that is may differ between arms. The least of several noisy figures is low even where all groups are "
+            "alike: the table gives the minimum to expect then, and the chance of one as low as this."
         ),
-        dot_plot(lines, share_scale(), label="worst groups"),
+        dot_plot(lines, share_scale(lines), label="worst groups"),
         element("details", element("summary", "Worst groups as a table"), _worst_table(rows)),
     )
 
@@ -235,7 +235,7 @@ def _axis(axis: str, rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> Mar
         lines.append(Row(name, figures_note(own), [mark_of(row) for row in own]))
     metrics = " and ".join(dict.fromkeys(metric_words(row["metric"]) for row in rows))
     summary = element("summary", element("b", axis_words(axis)), f": {metrics}, {len(lines)} groups")
-    plot = dot_plot(lines, share_scale(), label=f"{axis}: {metrics}")
+    plot = dot_plot(lines, share_scale(lines), label=f"{axis}: {metrics}")
     return element("details", summary, plot, open=axis in _OPEN_AXES, class_="axisblock")
 
 

@@ -211,8 +211,7 @@ def _reconstructions(found: Reconstructions, side_px: int) -> Markup:
         "div",
         element("h3", "Reconstructions"),
         paragraph(
-            "A real image, and below it what the autoencoder makes of it. No sample can be sharper than these."
-            + quality
+            "A real image, and below it what the autoencoder makes of it. Samples pass the same decoder." + quality
         ),
         _columns(([(image, "real"), (rebuilt, "reconstruction")] for image, rebuilt in pairs), side_px),
     )

@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from derm_pipeline.evaluation.fidelity import FeatureSet, FidelityConfig, compare, fidelity_table
 from derm_pipeline.evaluation.groups import GroupConfig, group_metrics
 from derm_pipeline.evaluation.markup import Markup, element, number, percent, points, table
-from derm_pipeline.evaluation.plots import Mark, Row, Scale, dot_plot, gain_scale, loss_chart, nice, smoothed
+from derm_pipeline.evaluation.plots import (
+    Mark,
+    Row,
+    Scale,
+    dot_plot,
+    gain_scale,
+    loss_chart,
+    nice,
+    share_scale,
+    smoothed,
+)
 from derm_pipeline.evaluation.report import (
     MAX_BYTES,
     CaptionExample,
@@ -521,3 +531,16 @@ def test_groups_too_small_to_be_judged_are_named_in_the_headline(content):
     n = content.groups[dark].n.iloc[0]
     assert "not judged, too few images" not in Page(render_report(replace(content, groups=without))).words
     assert f"not judged, too few images: dark (n = {n})" in Page(render_report(replace(content, groups=small))).words
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1) | st.none()), max_size=9))
+def test_shares_fit_their_scale(shares):
+    marks = [Mark(value, low, 1.0, "real", "") for value, low in shares]
+    scale = share_scale([Row("", "", marks)])
+    assert scale.high == 1
+    assert scale.low <= min((value for pair in shares for value in pair if value is not None), default=0)
+    assert len(scale.ticks) == len({scale.text(tick) for tick in scale.ticks}) == 5
+
+
+def test_a_gain_that_rounds_to_nothing_has_no_minus():
+    assert points(-0.0001) == "+0.0"
