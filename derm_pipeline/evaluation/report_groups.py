@@ -85,8 +85,8 @@ def _worst(rows: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]], arm
     return element(
         "div",
         paragraph(
-            "The least figure among the groups that are large enough (how many of how many is said); which "
-            "group that is may differ between arms. The least of several noisy figures is low even where all groups are "
+            "The least figure among the groups that are large enough (how many of how many is said); which group "
+            "that is may differ between arms. The least of several noisy figures is low even where all groups are "
             "alike: the table gives the minimum to expect then, and the chance of one as low as this."
         ),
         dot_plot(lines, share_scale(lines), label="worst groups"),
