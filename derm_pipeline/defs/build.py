@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import dagster as dg
 
 from derm_pipeline.defs.progress import Show
 from derm_pipeline.defs.resources import Shower, default_workspace, workspace_resource
 from derm_pipeline.defs.workspace import Workspace
-
-# Observing raw files is in beta in dagster 1.13; it is tested here, and the warning would greet every start.
-warnings.filterwarnings("ignore", category=dg.BetaWarning)
 
 
 def build_defs(workspace: Workspace | None = None, show: Show | None = None) -> dg.Definitions:

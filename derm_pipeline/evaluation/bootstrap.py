@@ -149,17 +149,18 @@ def interval(
         return max(0.0, float(2 * value - high)), max(0.0, float(2 * value - low)), "basic"
     if low == high and value in (0, 1):
         sizes = [effective_size(clusters[cell.rows]) for cell in figure.cells]
-        return *_wilson(value, len(sizes) ** 2 / sum(1 / size for size in sizes), confidence), "wilson"
+        return *wilson_interval(value, len(sizes) ** 2 / sum(1 / size for size in sizes), confidence), "wilson"
     return float(low), float(high), "bootstrap"
 
 
-def _wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
-    from scipy.special import ndtri
+def wilson_interval(share: float, n: float, confidence: float) -> tuple[float, float]:
+    """The interval of a share among n independent images (Wilson 1927)."""
+    from statistics import NormalDist
 
-    z2 = float(ndtri((1 + confidence) / 2)) ** 2
-    centre = (share + z2 / (2 * size)) / (1 + z2 / size)
-    half = np.sqrt(z2 * (share * (1 - share) / size + z2 / (4 * size**2))) / (1 + z2 / size)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def effective_size(clusters: Indices) -> float:

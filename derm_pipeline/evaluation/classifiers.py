@@ -6,8 +6,11 @@ the test split, so the last weights are the ones that count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +25,8 @@ from derm_pipeline.images import Pixels
 from derm_pipeline.latents import orient, to_model_range
 from derm_pipeline.models.runtime import autocast, load_weights, pick_device, save_weights
 from derm_pipeline.records import Diagnosis
+from derm_pipeline.sources.base import num_cores
+from derm_pipeline.store import replacing
 
 Arm = Literal["real", "synthetic", "real+synthetic", "oversampling"]
 
@@ -188,28 +193,80 @@ def train_arms(
     config: ClassifierConfig,
     *,
     out: Path,
+    work: Path,
     on_progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[tuple[str, int], SmallResNet]:
     """Train every arm with every seed; weights already in `out` are kept.
+
+    On processors each classifier is trained by one core, several at a time: networks this small gain little from a
+    second core, and the weights then do not depend on how many there are.
+
+    Args:
+        real: training images.
+        synthetic: samples, labelled with what was asked for.
+        config: arms, seeds, budget.
+        out: where the weights are written, one file a classifier.
+        work: a folder for what is handed to other processes.
+        on_progress: called with (classifiers done, classifiers, which).
 
     Returns:
         (arm, seed) -> classifier, ready to predict.
     """
     out.mkdir(parents=True, exist_ok=True)
     jobs = [(arm, seed) for seed in range(config.num_seeds) for arm in config.arms]
-    models: dict[tuple[str, int], SmallResNet] = {}
-    for done, (arm, seed) in enumerate(jobs, start=1):
-        path = out / weights_name(arm, seed)
-        if path.exists():
-            model = load_classifier(path, config)
-        else:
-            data = arm_data(arm, real, synthetic)
-            model = train_classifier(data, config, seed=seed, balanced=arm == "oversampling")
-            save_weights(path, model.state_dict())
-        models[arm, seed] = model
+    missing = [job for job in jobs if not (out / weights_name(*job)).exists()]
+    done = len(jobs) - len(missing)
+    for arm, seed in _train_missing(missing, real, synthetic, config, out, work):
+        done += 1
         if on_progress:
             on_progress(done, len(jobs), f"{arm}, seed {seed}")
-    return models
+    return {(arm, seed): load_classifier(out / weights_name(arm, seed), config) for arm, seed in jobs}
+
+
+def _train_missing(
+    missing: list[tuple[Arm, int]],
+    real: LabelledImages,
+    synthetic: LabelledImages,
+    config: ClassifierConfig,
+    out: Path,
+    work: Path,
+) -> Iterator[tuple[Arm, int]]:
+    if pick_device().type == "cuda":
+        for arm, seed in missing:
+            _train_arm(arm_data(arm, real, synthetic), config, out, arm, seed)
+            yield arm, seed
+        return
+    files = {name: _write(work / f"{name}.npz", data) for name, data in (("real", real), ("synthetic", synthetic))}
+    train_one = partial(_train_arm_of_files, files, config, out)
+    # Not forked: this process holds torch's threads, whose locks a fork would copy.
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(num_cores(), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(train_one, missing)
+
+
+def _train_arm(data: LabelledImages, config: ClassifierConfig, out: Path, arm: Arm, seed: int) -> None:
+    model = train_classifier(data, config, seed=seed, balanced=arm == "oversampling")
+    save_weights(out / weights_name(arm, seed), model.state_dict())
+
+
+def _train_arm_of_files(
+    files: Mapping[str, Path], config: ClassifierConfig, out: Path, job: tuple[Arm, int]
+) -> tuple[Arm, int]:
+    arm, seed = job
+    real, synthetic = (_read(files[name]) for name in ("real", "synthetic"))
+    _train_arm(arm_data(arm, real, synthetic), config, out, arm, seed)
+    return job
+
+
+def _write(path: Path, data: LabelledImages) -> Path:
+    with replacing(path) as aside, aside.open("wb") as handle:
+        np.savez(handle, images=data.images, diagnoses=data.diagnoses)
+    return path
+
+
+def _read(path: Path) -> LabelledImages:
+    with np.load(path, allow_pickle=False) as arrays:
+        return LabelledImages(arrays["images"], arrays["diagnoses"])
 
 
 def weights_name(arm: str, seed: int) -> str:

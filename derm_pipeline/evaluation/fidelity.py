@@ -176,8 +176,9 @@ def compare(
         for group, (fake, half_a, half_b) in _draw(synthetic, held_out, config, rng).items():
             sizes.setdefault(group, []).append(len(half_a))
             # One reference for both, so that only the scored side differs.
-            of_fake = _scores(reals[half_a], fakes[fake], config)
-            of_real = _scores(reals[half_a], reals[half_b], config)
+            strata = np.asarray(held_out.diagnosis, str)[half_a].tolist()
+            of_fake = _scores(reals[half_a], fakes[fake], strata, config)
+            of_real = _scores(reals[half_a], reals[half_b], strata, config)
             for kind, value in of_fake.items():
                 scores.setdefault((kind, group), []).append((value, of_real[kind]))
         if on_progress:
@@ -218,6 +219,7 @@ def _draw(
         fake = rng.permutation(np.flatnonzero(fake_labels == diagnosis))
         half_a, half_b = own[in_a[own]], own[~in_a[own]]
         size = min(len(fake), len(half_a), len(half_b))
+        size = size if size > 1 else 0  # one image says nothing of how images of its diagnosis differ
         drawn[diagnosis] = (fake[:size], half_a[:size], half_b[:size])
     together = [np.concatenate([np.empty(0, np.intp), *(t[side] for t in drawn.values())]) for side in range(3)]
     return {ALL: (together[0], together[1], together[2]), **drawn}
@@ -238,14 +240,14 @@ def _halves(
     return (one_each if config.one_image_per_lesion else order), in_a[lesions]
 
 
-def _scores(reference: Floats, sample: Floats, config: FidelityConfig) -> dict[str, float]:
+def _scores(reference: Floats, sample: Floats, strata: list[str], config: FidelityConfig) -> dict[str, float]:
     """Every score that this many images allow."""
     size, dimension = reference.shape
     scores = {}
     if size >= _least("fd", dimension, config):
         scores["fd"] = frechet_distance_of_features(reference, sample)
     if size >= _least("kid", dimension, config):
-        scores["kid"] = mmd2(reference, sample)
+        scores["kid"] = mmd2(reference, sample, strata=strata)
     if size >= _least("precision", dimension, config):
         scores |= asdict(prdc(reference, sample, config.neighbours))
     return scores

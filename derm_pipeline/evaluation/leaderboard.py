@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from derm_pipeline.evaluation.bootstrap import wilson_interval
 from derm_pipeline.evaluation.markup import (
     Child,
     Markup,
@@ -18,7 +19,7 @@ from derm_pipeline.evaluation.markup import (
     points,
     points_interval,
 )
-from derm_pipeline.evaluation.report_figures import ARMS, axis_words, group_words, verdict, wilson_interval
+from derm_pipeline.evaluation.report_figures import ARMS, axis_words, group_words, verdict
 
 _SORT = """
 document.querySelectorAll("th button").forEach(function (button) {

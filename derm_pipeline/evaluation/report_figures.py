@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from derm_pipeline.evaluation.bootstrap import wilson_interval
 from derm_pipeline.evaluation.markup import (
     Child,
     Markup,
@@ -74,16 +75,6 @@ def records_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as plain dicts, NaN as None."""
     rows = frame.to_dict("records")
     return [{str(key): value if is_known(value) else None for key, value in row.items()} for row in rows]
-
-
-def wilson_interval(share: float, n: int, confidence: float) -> tuple[float, float]:
-    """The interval of a share among n independent images (Wilson 1927)."""
-    from statistics import NormalDist
-
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def verdict(low: Any, high: Any) -> str:

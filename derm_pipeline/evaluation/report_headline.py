@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from derm_pipeline.evaluation.bootstrap import wilson_interval
 from derm_pipeline.evaluation.markup import (
     Child,
     Markup,
@@ -25,7 +26,6 @@ from derm_pipeline.evaluation.report_figures import (
     metric_words,
     records_of,
     verdict,
-    wilson_interval,
 )
 from derm_pipeline.evaluation.report_sections import image_count
 

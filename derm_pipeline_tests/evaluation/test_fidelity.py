@@ -204,7 +204,8 @@ def test_the_three_sides_are_disjoint_in_lesions_and_equal_in_size_and_mix(rng, 
     real.features[:, 0] = real.lesion_id  # so that a row tells its lesion
     seen = []
     monkeypatch.setattr(
-        "derm_pipeline.evaluation.fidelity.mmd2", lambda a, b: seen.append((a[:, 0].copy(), b[:, 0].copy())) or 0.0
+        "derm_pipeline.evaluation.fidelity.mmd2",
+        lambda a, b, strata: seen.append((a[:, 0].copy(), b[:, 0].copy())) or 0.0,
     )
     compare(synthetic, real, "classifier", FidelityConfig(num_repeats=3))
     for index, (reference, other) in enumerate(seen):
@@ -260,3 +261,25 @@ def test_features_without_lesions_or_labels_are_refused(rng):
         compare(synthetic, FeatureSet(real.features, real.diagnosis), "classifier")
     with pytest.raises(ValueError, match="diagnoses"):
         compare(FeatureSet(synthetic.features, ["nv"]), real, "classifier")
+
+
+def test_the_stratified_estimate_is_unbiased_where_the_usual_one_is_not():
+    rng = np.random.default_rng()
+    strata = ["a"] * 6 + ["b"] * 18
+    centres = {"a": 3.0, "b": -1.0}
+
+    def draw():
+        return np.stack([rng.normal(centres[label], 1.0, 4) for label in strata])
+
+    pairs = [(draw(), draw()) for _ in range(400)]
+    stratified = np.array([mmd2(a, b, strata=strata) for a, b in pairs])
+    usual = np.array([mmd2(a, b) for a, b in pairs])
+    error = stratified.std() / np.sqrt(len(pairs))
+    assert abs(stratified.mean()) < 4 * error
+    assert usual.mean() < -4 * error
+
+
+def test_one_stratum_is_the_usual_estimate():
+    rng = np.random.default_rng()
+    a, b = rng.normal(size=(2, 30, 5))
+    assert mmd2(a, b, strata=["x"] * 30) == pytest.approx(mmd2(a, b), rel=1e-9)

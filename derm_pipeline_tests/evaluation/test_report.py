@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from derm_pipeline.evaluation.bootstrap import wilson_interval
 from derm_pipeline.evaluation.fidelity import FeatureSet, FidelityConfig, compare, fidelity_table
 from derm_pipeline.evaluation.groups import GroupConfig, group_metrics
 from derm_pipeline.evaluation.markup import Markup, element, number, percent, points, table
@@ -41,7 +42,6 @@ from derm_pipeline.evaluation.report import (
     render_leaderboard,
     render_report,
 )
-from derm_pipeline.evaluation.report_figures import wilson_interval
 from derm_pipeline.images import decode
 from derm_pipeline.records import Diagnosis
 from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan

@@ -1,6 +1,8 @@
 """Assets of a source, and the splits of all of them."""
 
 # No `from __future__ import annotations`: dagster reads the annotations of resources at run time.
+import warnings
+
 import dagster as dg
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,9 @@ from derm_pipeline.splits import split_problems
 from derm_pipeline.store import Artifact
 
 _THUMBNAIL_PX = 96
+
+# In beta in dagster 1.13; it is tested here, and the warning would greet every start.
+warnings.filterwarnings("ignore", message="Function `observable_source_asset`")
 
 
 @dg.observable_source_asset(

@@ -74,6 +74,7 @@ def classifiers(workspace: Workspace, name: str, on_progress: OnProgress | None 
             LabelledImages(samples, class_indices(metadata)),
             recipe.classifiers,
             out=build.path("weights/-").parent,
+            work=build.work,
             on_progress=on_progress,
         )
         found = {which: predict(model, held_out_images) for which, model in models.items()}
