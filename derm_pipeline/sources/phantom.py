@@ -55,7 +55,11 @@ _JPEG_QUALITY = 95
 
 
 class PhantomSource:
-    """Images drawn from `config`, on demand; the defaults are a dataset of 3,200."""
+    """Images drawn from `config`, on demand.
+
+    Without a config it takes the folder as it is: a finished one is left alone, whatever it was drawn with, a begun one
+    is finished with its own settings, and an empty one gets the defaults (3,200 images). With a config it insists.
+    """
 
     name = "phantom"
     title = "Phantoms"
@@ -64,7 +68,7 @@ class PhantomSource:
     homepage = "drawn on this machine by derm_pipeline.sources.phantom"
 
     def __init__(self, config: PhantomConfig | None = None) -> None:
-        self.config = config or PhantomConfig()
+        self.config = config
 
     def prepare(self, folder: Path, on_progress: OnProgress | None = None) -> None:
         """Draw what is missing; interrupted and called again, it goes on and the files are the same.
@@ -77,9 +81,10 @@ class PhantomSource:
         """
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            num_finished = self._num_finished(folder)
-            if num_finished < self.config.num_images:
-                _draw_all(folder, self.config, num_finished, on_progress)
+            config = self.config or _settings_of(folder) or PhantomConfig()
+            num_finished = _num_finished(folder, config)
+            if num_finished < config.num_images:
+                _draw_all(folder, config, num_finished, on_progress)
 
     def list_images(self, folder: Path) -> Listing:
         """See `Source.list_images`."""
@@ -94,24 +99,30 @@ class PhantomSource:
             raise FileNotFoundError(f"{folder} holds no finished phantoms (no {SETTINGS}); prepare the source first")
         return fingerprint_files(folder, [SETTINGS, TABLE], [IMAGES])
 
-    def _num_finished(self, folder: Path) -> int:
-        """How many images need no drawing."""
-        finished = _read_settings(folder / SETTINGS)
-        begun = _read_settings(folder / _UNFINISHED / SETTINGS)
-        if finished is not None:
-            if finished == self.config:
-                return self.config.num_images
-            begun = begun or finished.model_copy(update={"num_images": self.config.num_images})
-            if begun == self.config and finished.num_images < self.config.num_images:
-                return finished.num_images
-        elif begun == self.config or (begun is None and not find_images(folder, [IMAGES])):
-            return 0
-        elif begun is None:
-            raise ValueError(f"{folder / IMAGES} holds images that were not drawn as phantoms; use another folder")
-        raise ValueError(
-            f"{folder} was drawn with other settings ({_difference(finished or begun, self.config)}); "
-            "remove the folder to draw it anew, or ask for those settings"
-        )
+
+def _settings_of(folder: Path) -> PhantomConfig | None:
+    """What the folder is being drawn with, or else was drawn with; None for neither."""
+    return _read_settings(folder / _UNFINISHED / SETTINGS) or _read_settings(folder / SETTINGS)
+
+
+def _num_finished(folder: Path, config: PhantomConfig) -> int:
+    """How many images need no drawing."""
+    finished = _read_settings(folder / SETTINGS)
+    begun = _read_settings(folder / _UNFINISHED / SETTINGS)
+    if finished is not None:
+        if finished == config:
+            return config.num_images
+        begun = begun or finished.model_copy(update={"num_images": config.num_images})
+        if begun == config and finished.num_images < config.num_images:
+            return finished.num_images
+    elif begun == config or (begun is None and not find_images(folder, [IMAGES])):
+        return 0
+    elif begun is None:
+        raise ValueError(f"{folder / IMAGES} holds images that were not drawn as phantoms; use another folder")
+    raise ValueError(
+        f"{folder} was drawn with other settings ({_difference(finished or begun, config)}); "
+        "remove the folder to draw it anew, or ask for those settings"
+    )
 
 
 @contextmanager

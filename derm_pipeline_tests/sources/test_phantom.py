@@ -129,6 +129,20 @@ def test_other_settings_are_an_error_that_names_them(drawn, tmp_path):
     assert (tmp_path / IMAGES / "holiday.jpg").read_bytes() == b"somebody's"
 
 
+def test_the_source_without_settings_of_its_own_takes_a_folder_as_it_is(drawn, tmp_path):
+    before = contents(drawn)
+    PhantomSource().prepare(drawn)
+    assert contents(drawn) == before
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        PhantomSource(CONFIG).prepare(tmp_path, stop)
+    PhantomSource().prepare(tmp_path)  # what was begun is finished with the settings that it was begun with
+    assert contents(tmp_path) == before
+
+
 def test_broken_settings_are_an_error_that_names_the_file(tmp_path):
     (tmp_path / SETTINGS).write_text('{"num_images": "many"}')
     with pytest.raises(ValueError, match=r"phantom\.json does not hold"):
