@@ -222,6 +222,8 @@ def _nearest_pairs(
     from derm_pipeline.evaluation.report_content import NearestPair
 
     table = used["fidelity"].table(COPIES).to_pandas().reset_index(drop=True)
+    if "is_copy" not in table:  # too few held-out images for a verdict
+        table["is_copy"] = False
     table = table.sort_values(["is_copy", "pixel_correlation"], ascending=False, kind="stable").head(count)
     nearest = squares(workspace, recipe, train.take(pa.array(table.pixel_nearest.to_numpy())))
     return [

@@ -39,8 +39,10 @@ def missing_provenance(dataset: Artifact) -> list[str]:
 
 
 def copy_problems(fidelity: Artifact) -> list[str]:
-    """A sentence when samples are copies of training images more often than chance explains."""
+    """A sentence when samples are copies of training images more often than chance explains, or when nobody can tell."""
     copies = fidelity.counts["copies"]
+    if copies["num_copies"] is None:
+        return [f"no verdict: {copies['reason']}"]
     if not copies["beyond_chance"]:
         return []
     return [
