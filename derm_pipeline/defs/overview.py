@@ -122,9 +122,9 @@ def _fidelity_lines(counts: dict[str, Any]) -> list[str]:
     if copies["num_copies"] is None:
         lines.append(f"  copies     no verdict: {copies['reason']}")
     else:
-        verdict = "more than chance explains" if copies["beyond_chance"] else "no more than chance explains"
+        verdict = "BEYOND CHANCE" if copies["beyond_chance"] else "none beyond chance"
         lines.append(
-            f"  copies     {verdict}: {copies['num_copies']} of {copies['num_samples']:,} samples near a training image"
+            f"  copies     {verdict}: {copies['num_copies']} of {copies['num_samples']:,} samples flagged as near a training image"
             f", as {copies['held_out_rate']:.1%} of {copies['num_held_out']:,} unseen real images are "
             f"(p = {copies['p_value']:.2g})"
         )

@@ -87,9 +87,10 @@ def _copies_card(copies: Mapping[str, Any]) -> Markup | None:
     beyond = copies.get("beyond_chance")
     return _card(
         "Are samples copies?",
-        f"{number(copies['num_copies'])} of {number(copies['num_samples'])}",
-        f"{percent(copies.get('copy_rate'), 2)} beside {percent(copies.get('held_out_rate'), 2)} of "
-        f"{number(copies.get('num_held_out'))} unseen real images by chance",
+        "beyond chance" if beyond else "none beyond chance",
+        f"{number(copies['num_copies'])} of {number(copies['num_samples'])} are flagged as near to a training image "
+        f"({percent(copies.get('copy_rate'), 2)}), and {percent(copies.get('held_out_rate'), 2)} of "
+        f"{number(copies.get('num_held_out'))} unseen real images",
         "more than chance explains: look at the pairs" if beyond else "no more than chance explains",
         tone="bad" if beyond else "",
     )

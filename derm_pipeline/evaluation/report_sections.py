@@ -270,7 +270,7 @@ def nearest_pairs(pairs: Sequence[NearestPair], side_px: int) -> Markup:
             element(
                 "figcaption",
                 f"r = {pair.correlation:.2f}",
-                element("b", " copy", class_="bad") if pair.is_copy else None,
+                element("b", " flagged", class_="bad") if pair.is_copy else None,
                 element("br"),
                 element("small", pair.sample_label, element("br"), pair.nearest_label),
             ),
