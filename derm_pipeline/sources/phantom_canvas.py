@@ -68,11 +68,15 @@ class Canvas:
 
     def blend(self, colour: Rgb, alpha: npt.NDArray[np.floating]) -> None:
         """Move every pixel towards `colour` by `alpha` (h, w) in 0 to 1."""
-        self.image += np.asarray(alpha, np.float32)[..., None] * (colour - self.image)
+        plane = np.asarray(alpha, np.float32)
+        # OpenCV merges planes several times faster than NumPy broadcasts one over three channels.
+        self.multiply(1 - plane)
+        self.image += cv2.merge([plane * channel for channel in np.asarray(colour, np.float32)])
 
     def multiply(self, factor: npt.NDArray[np.floating]) -> None:
         """Scale every pixel by `factor` (h, w)."""
-        self.image *= np.asarray(factor, np.float32)[..., None]
+        plane = np.asarray(factor, np.float32)
+        self.image *= cv2.merge((plane, plane, plane))
 
     def field(self, rng: np.random.Generator, cells: int, octaves: int = 3) -> Plane:
         """Smooth noise (h, w) fixed to the lesion: mean 0, spread about 1, `cells` a width in its coarsest octave."""

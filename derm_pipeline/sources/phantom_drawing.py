@@ -24,12 +24,18 @@ from derm_pipeline.sources.phantom_lesions import paint_lesion
 
 Artefact = Literal["bubbles", "hair", "ink", "ruler", "vignette"]
 
-_ITA = {1: (58.0, 68.0), 2: (44.0, 53.0), 3: (30.5, 38.5), 4: (13.0, 25.0), 5: (-25.0, 5.0), 6: (-63.0, -42.0)}
+_ITA = {1: (58.0, 68.0), 2: (44.0, 53.0), 3: (30.5, 38.5), 4: (13.0, 25.0), 5: (-25.0, -4.0), 6: (-52.0, -42.0)}
 """Individual typology angle of each skin type, degrees, inside the classes of Del Bino and Bernerd 2013."""
 _SKIN_AB = {1: (14.0, 13.5), 2: (15.0, 15.5), 3: (15.0, 17.5), 4: (14.5, 19.0), 5: (13.5, 17.0), 6: (10.5, 13.0)}
 """CIELAB a* and b* of each skin type."""
 _TYPES_BENIGN = (0.14, 0.24, 0.22, 0.16, 0.14, 0.10)
 _TYPES_MALIGNANT = (0.22, 0.32, 0.24, 0.12, 0.065, 0.035)
+_SUBTLE = (0.45, 0.95)
+"""Subtlety of the lesions that are hard to tell, from .. to."""
+_TYPICAL_SUBTLETY = 0.1
+"""Most that a lesion out of the textbook has."""
+_DARK_SUBTLE = 2.0
+"""How much more often a lesion on skin of type V or VI is subtle: there its pigment hides in the skin's own."""
 _IMAGES_PER_LESION = (0.74, 0.19, 0.06, 0.01)
 """Shares of lesions with 1, 2, 3, 4 photographs: 1.34 on average, as in HAM10000."""
 _LESIONS_PER_PATIENT = (0.70, 0.20, 0.10)
@@ -74,6 +80,8 @@ class PhantomConfig(BaseModel):
     """Share of images with gel bubbles."""
     p_vignette: float = Field(default=0.25, ge=0, le=1)
     """Share of images with black corners."""
+    p_subtle: float = Field(default=0.22, ge=0, le=1)
+    """Share of lesions on skin types I to IV that are hard to tell; on V and VI it is doubled (1 at most)."""
     p_unknown: float = Field(default=0.02, ge=0, le=1)
     """Share of patients without an age and, independently, without a sex; share of lesions without a site."""
 
@@ -109,6 +117,8 @@ class PhantomCase:
     """Decides the lesion's shape, colours and structures."""
     image_seed: int
     """Decides framing, light and what the artefacts look like."""
+    subtlety: float = 0.0
+    """0 to 1: from a lesion out of the textbook to a brown patch with hardly a trace of what it is."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ class Phantom:
     hair_mask: npt.NDArray[np.bool_]
     """(h, w), where a hair is visible."""
     structures: tuple[str, ...]
-    """Dermoscopic structures that were drawn, in words."""
+    """Dermoscopic structures that can be seen, in words; those that the case's subtlety hides are left out."""
 
     @property
     def diagnosis(self) -> Diagnosis:
@@ -192,6 +202,7 @@ def _plan_patient(config: PhantomConfig, patient: int) -> list[PhantomCase]:
     for lesion, diagnosis in enumerate(diagnoses):
         site = _HABITS[list(Diagnosis)[diagnosis]].sites[rng.integers(len(_HABITS[list(Diagnosis)[diagnosis]].sites))]
         known_site = rng.uniform() >= config.p_unknown
+        lesion_seed = _seed(config.seed, patient, lesion)
         for photo in range(1 + rng.choice(4, p=_IMAGES_PER_LESION)):
             cases.append(
                 PhantomCase(
@@ -205,11 +216,21 @@ def _plan_patient(config: PhantomConfig, patient: int) -> list[PhantomCase]:
                     site=site if known_site else None,
                     artefacts=_plan_artefacts(config, rng),
                     patient_seed=_seed(config.seed, patient),
-                    lesion_seed=_seed(config.seed, patient, lesion),
+                    lesion_seed=lesion_seed,
                     image_seed=_seed(config.seed, patient, lesion, photo),
+                    subtlety=_subtlety(config, lesion_seed, SkinType(skin + 1)),
                 )
             )
     return cases
+
+
+def _subtlety(config: PhantomConfig, lesion_seed: int, skin_type: SkinType) -> float:
+    """Most lesions are nearly typical, some are subtle and none lies between."""
+    chance, slight, strong = np.random.default_rng([lesion_seed, 1]).uniform(size=3)
+    dark = skin_type >= SkinType.V
+    if chance < config.p_subtle * (_DARK_SUBTLE if dark else 1.0):
+        return float(_SUBTLE[0] + strong * (_SUBTLE[1] - _SUBTLE[0]))
+    return float(_TYPICAL_SUBTLETY * slight)
 
 
 def _plan_artefacts(config: PhantomConfig, rng: np.random.Generator) -> tuple[Artefact, ...]:
@@ -248,7 +269,7 @@ def draw(case: PhantomCase, width_px: int = 200, height_px: int = 150) -> Phanto
     )
     canvas = Canvas(width_px, height_px, skin, pose)
     _texture_skin(canvas, np.random.default_rng([case.patient_seed, 1]))
-    lesion_mask, structures = paint_lesion(canvas, case.diagnosis, skin, np.random.default_rng([case.lesion_seed]))
+    lesion_mask, structures = paint_lesion(canvas, case.diagnosis, skin, case.lesion_seed, case.subtlety)
     _light(canvas, light)
     hair_mask = _draw_artefacts(canvas, case, skin)
     image = np.clip(np.rint(canvas.image), 0, 255).astype(np.uint8)

@@ -4,6 +4,9 @@ One painter a diagnosis, in the terms of the third consensus conference on dermo
 a regular pigment network, a melanoma several colours, a blue-white veil and streaks on one side, and so on. Colours are
 those on very light skin; on darker skin they are scaled by a power of the skin's own darkening, weaker for what is pale
 or red by nature.
+
+A subtle lesion is drawn as its own picture faded into that of a nondescript brown patch with the same outline. Nothing
+but the fading and the outline depends on the subtlety, so a lesion changes continuously with it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +25,26 @@ from derm_pipeline.sources.phantom_canvas import Canvas, Plane, Rgb, Strokes, cu
 _LIGHT_SKIN = rgb(232, 198, 180)
 _TABLE = 2048
 """Directions in which an outline's radius is tabulated."""
+_PLAIN_RADIUS, _PLAIN_ROUGHNESS = (0.14, 0.21), 0.045
+"""Outline of the nondescript patch, as in `_Kind`."""
+_FADING = 0.8
+"""Weight of the nondescript patch: `_Kind.faded` * subtlety ** `_FADING`."""
+_DARK_HIDDEN = 0.12
+"""How much of a subtle lesion's contrast black skin would swallow."""
+_HIDDEN = {
+    "blue-white veil": 0.75,
+    "blue-grey nests": 0.75,
+    "arborising vessels": 0.7,
+    "lacunae": 0.75,
+    "central white patch": 0.65,
+    "milia-like cysts": 0.7,
+    "several colours": 0.6,
+    "streaks": 0.5,
+    "sharp border": 0.5,
+    "strawberry pattern": 0.5,
+}
+"""Weight of the nondescript patch from which a structure can no longer be named."""
+_HIDDEN_OTHERS = 0.6
 
 
 @dataclass
@@ -36,6 +60,8 @@ class Lesion:
     """Depth below the outline (h, w): 1 in the middle, 0 on the outline, negative outside."""
     outline: npt.NDArray[np.float64]
     """The outline's points (n, 2) in lesion coordinates."""
+    typical: npt.NDArray[np.float64]
+    """The outline's points (n, 2) at subtlety 0."""
 
     def tint(self, colour: Rgb, power: float = 0.75) -> Rgb:
         """The colour as it shows on this skin; a pigment darkens with it (high `power`), a scar hardly does."""
@@ -46,33 +72,45 @@ class Lesion:
         return smoothstep(self.inside, -softness, softness)
 
     def scatter(self, rng: np.random.Generator, count: int, reach: float, gap: float = 0.0) -> npt.NDArray[np.float64]:
-        """Up to `count` points (n, 2) in the inner `reach` of the lesion, at least `gap` apart (lesion coordinates)."""
+        """Up to `count` points (n, 2) in the inner `reach` of the lesion (lesion coordinates).
+
+        They are at least `gap` apart on the typical outline, so that the subtlety moves but never removes one.
+        """
         points: list[npt.NDArray[np.float64]] = []
+        moved: list[npt.NDArray[np.float64]] = []
         for _ in range(count * (6 if gap else 1)):
             if len(points) == count:
                 break
-            rim = self.outline[rng.integers(len(self.outline))]
-            point = rim * reach * math.sqrt(rng.uniform())
+            rim, depth = rng.integers(len(self.outline)), reach * math.sqrt(rng.uniform())
+            point = self.typical[rim] * depth
             if all(np.hypot(*(point - other)) >= gap for other in points):
                 points.append(point)
-        return np.array(points)
+                moved.append(self.outline[rim] * depth)
+        return np.array(moved)
 
 
-def _outlined(canvas: Canvas, rng: np.random.Generator, radius: float, roughness: float, waves: int) -> Lesion:
-    """An outline made of a stretched circle and `waves` harmonics."""
+def _outlined(canvas: Canvas, rng: np.random.Generator, kind: _Kind, plainness: float) -> Lesion:
+    """An outline made of a stretched circle and harmonics, `plainness` of the way to the nondescript patch's."""
+    size = rng.uniform()
+    own, plain = (low + size * (high - low) for low, high in (kind.radius, _PLAIN_RADIUS))
+    radius = own + plainness * (plain - own)
+    roughness = kind.roughness + plainness * (_PLAIN_ROUGHNESS - kind.roughness)
     directions = np.arange(_TABLE) * (2 * math.pi / _TABLE)
-    order = np.arange(2, 2 + waves)
-    height, phase = rng.normal(0, 1, waves) / order**0.75, rng.uniform(0, 2 * math.pi, waves)
-    bumps = (height[:, None] * np.cos(order[:, None] * directions + phase[:, None])).sum(axis=0)
+    order = np.arange(2, 2 + kind.waves)
+    height, phase = rng.normal(0, 1, kind.waves) / order**0.75, rng.uniform(0, 2 * math.pi, kind.waves)
+    bumps = np.clip((height[:, None] * np.cos(order[:, None] * directions + phase[:, None])).sum(axis=0), -1.6, 1.6)
     stretch, tilt = rng.uniform(0, 0.2), rng.uniform(0, math.pi)
-    edge = radius * (1 + stretch * np.cos(2 * (directions - tilt)) + roughness * np.clip(bumps, -1.6, 1.6))
-    points = edge[:, None] * np.stack([np.cos(directions), np.sin(directions)], axis=1)
+    round_edge = 1 + stretch * np.cos(2 * (directions - tilt))
+    edge = radius * (round_edge + roughness * bumps)
+    around = np.stack([np.cos(directions), np.sin(directions)], axis=1)[::32]
+    outline = edge[::32, None] * around
+    typical = own * (round_edge + kind.roughness * bumps)[::32, None] * around
     position = np.arctan2(canvas.v, canvas.u) * np.float32(_TABLE / (2 * math.pi))
     reach = edge.astype(np.float32)[position.astype(np.int32) % _TABLE]
     distance = np.sqrt(canvas.u**2 + canvas.v**2)
     ragged = np.float32(0.25 * roughness + 0.012) * canvas.field(rng, 14, 3)
     inside = np.asarray(1 - distance / reach + ragged, np.float32)
-    return Lesion(canvas, np.ones(3, np.float32), radius, inside, points[::32])
+    return Lesion(canvas, np.ones(3, np.float32), radius, inside, outline, typical)
 
 
 def _honeycomb(canvas: Canvas, rng: np.random.Generator, period: float, wobble: float) -> Plane:
@@ -255,38 +293,70 @@ def _paint_vasc(lesion: Lesion, rng: np.random.Generator) -> tuple[str, ...]:
     return ("lacunae",)
 
 
+def _paint_plain(lesion: Lesion, rng: np.random.Generator) -> None:
+    """A brown patch that could be anything: uneven, a little darker inside, with a hint of a network."""
+    canvas, body = lesion.canvas, lesion.body(rng.uniform(0.1, 0.22))
+    uneven = canvas.field(rng, 7)
+    brown = _varied(rng, rgb(152, 98, 72), 12)
+    canvas.blend(lesion.tint(brown, 0.85), rng.uniform(0.7, 0.9) * body)
+    depth = lesion.inside + 0.2 * uneven
+    canvas.blend(lesion.tint(0.62 * brown, 0.85), rng.uniform(0.1, 0.6) * smoothstep(depth, 0.0, 0.8))
+    pale = smoothstep(canvas.field(rng, 8), 0.2, 1.8) * body
+    canvas.blend(lesion.tint(1.3 * brown, 0.7), rng.uniform(0.0, 0.5) * pale)
+    lines = smoothstep(_honeycomb(canvas, rng, rng.uniform(0.033, 0.05), 0.6), 0.46, 0.14)
+    lines *= smoothstep(lesion.inside + 0.1 * uneven, -0.1, 0.3)
+    canvas.blend(lesion.tint(0.5 * brown, 0.9), rng.uniform(0.05, 0.4) * lines)
+
+
 @dataclass(frozen=True)
 class _Kind:
     paint: Callable[[Lesion, np.random.Generator], tuple[str, ...]]
     radius: tuple[float, float]
     roughness: float
     waves: int
+    faded: float
+    """How much of it subtlety 1 hides, 0 to 1; an early melanoma is the likest to a nevus."""
 
 
 _KINDS: dict[Diagnosis, _Kind] = {
-    Diagnosis.AKIEC: _Kind(_paint_akiec, (0.18, 0.25), 0.10, 6),
-    Diagnosis.BCC: _Kind(_paint_bcc, (0.16, 0.23), 0.07, 5),
-    Diagnosis.BKL: _Kind(_paint_bkl, (0.16, 0.24), 0.08, 11),
-    Diagnosis.DF: _Kind(_paint_df, (0.13, 0.18), 0.03, 3),
-    Diagnosis.MEL: _Kind(_paint_mel, (0.18, 0.25), 0.17, 8),
-    Diagnosis.NV: _Kind(_paint_nv, (0.13, 0.21), 0.03, 4),
-    Diagnosis.VASC: _Kind(_paint_vasc, (0.13, 0.20), 0.06, 6),
+    Diagnosis.AKIEC: _Kind(_paint_akiec, (0.18, 0.25), 0.10, 6, 0.80),
+    Diagnosis.BCC: _Kind(_paint_bcc, (0.16, 0.23), 0.07, 5, 0.76),
+    Diagnosis.BKL: _Kind(_paint_bkl, (0.16, 0.24), 0.08, 11, 0.84),
+    Diagnosis.DF: _Kind(_paint_df, (0.13, 0.18), 0.03, 3, 0.68),
+    Diagnosis.MEL: _Kind(_paint_mel, (0.18, 0.25), 0.17, 8, 0.90),
+    Diagnosis.NV: _Kind(_paint_nv, (0.13, 0.21), 0.03, 4, 0.88),
+    Diagnosis.VASC: _Kind(_paint_vasc, (0.13, 0.20), 0.06, 6, 0.78),
 }
 
 
 def paint_lesion(
-    canvas: Canvas, diagnosis: Diagnosis, skin: Rgb, rng: np.random.Generator
+    canvas: Canvas, diagnosis: Diagnosis, skin: Rgb, seed: int, subtlety: float
 ) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
     """Paint one lesion onto the canvas.
 
-    `skin` is the bare skin's colour (3,), 0 to 255; `rng` alone decides the lesion's looks.
+    Args:
+        canvas: the photograph; changed in place.
+        diagnosis: what to paint.
+        skin: the bare skin's colour (3,), 0 to 255.
+        seed: decides the lesion's looks, together with `subtlety`.
+        subtlety: 0 to 1, how far it has faded into a nondescript patch; continuous.
 
     Returns:
-        The lesion's mask (h, w) and the structures that were painted, in words.
+        The lesion's mask (h, w) and the structures that can be seen, in words.
     """
-    kind = _KINDS[diagnosis]
-    lesion = _outlined(canvas, rng, rng.uniform(*kind.radius), kind.roughness, kind.waves)
+    if not 0 <= subtlety <= 1:
+        raise ValueError(f"a lesion's subtlety lies in 0 to 1, not at {subtlety}")
+    kind, rng = _KINDS[diagnosis], np.random.default_rng([seed])
+    plainness = kind.faded * subtlety**_FADING
+    lesion = _outlined(canvas, rng, kind, plainness)
     lesion.darkening = np.clip(skin / _LIGHT_SKIN, 0.05, 1.0).astype(np.float32)
+    bare = canvas.image.copy()
     structures = kind.paint(lesion, rng)
     canvas.multiply(1 + 0.05 * canvas.field(rng, 24, 3) * lesion.body(0.2))
-    return lesion.inside > 0, structures
+    own, canvas.image = canvas.image, bare.copy()
+    _paint_plain(lesion, np.random.default_rng([seed, 2]))
+    hidden = _DARK_HIDDEN * subtlety * (1 - float(lesion.darkening.mean()))
+    canvas.image = np.asarray(cv2.addWeighted(own, 1 - plainness, canvas.image, plainness, 0), np.float32)
+    canvas.image = np.asarray(cv2.addWeighted(canvas.image, 1 - hidden, bare, hidden, 0), np.float32)
+    seen = tuple(name for name in structures if plainness < _HIDDEN.get(name, _HIDDEN_OTHERS))
+    return lesion.inside > 0, seen
