@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,27 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent
 
+NAME = r"^[a-z][a-z0-9_]*$"
+"""What a recipe's file may be called (without .yaml): its name is a partition and a job."""
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the file, the key and what is allowed."""
 
 
 def recipe_files(folders: Sequence[Path] = ()) -> dict[str, Path]:
-    """Name -> file of every recipe: the shipped ones, then those in `folders`, which must not take a shipped name."""
+    """Name -> file of every recipe: the shipped ones, then those in `folders`, which must not take a shipped name.
+
+    Raises:
+        RecipeError: a file whose name cannot be a recipe's.
+    """
     files: dict[str, Path] = {}
     for folder in (SHIPPED, *folders):
         for path in sorted(folder.glob("*.yaml")):
+            if not re.match(NAME, path.stem):
+                raise RecipeError(
+                    f"{path}: rename it; a recipe's name is of a to z, 0 to 9 and _, and begins with a letter"
+                )
             if path.stem in files:
                 raise RecipeError(f"{path}: the recipe {path.stem} exists already ({files[path.stem]}); rename one")
             files[path.stem] = path
@@ -36,7 +48,7 @@ def read_recipe(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
     """The recipe's settings as plain data, with everything that it extends filled in.
 
     Raises:
-        RecipeError: no such recipe, broken YAML, or a circle of `extends`.
+        RecipeError: no such recipe, broken YAML, a circle of `extends`, or a name that is not the file's.
     """
     settings: dict[str, Any] = {}
     chain: list[str] = []
@@ -46,10 +58,12 @@ def read_recipe(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
             where = f"{files[chain[-1]]}: extends {following!r}" if chain else repr(following)
             raise RecipeError(f"{where} is not a recipe; there are {', '.join(sorted(files))}")
         if following in chain:
-            raise RecipeError(f"{files[following]}: recipes extend each other in a circle ({' -> '.join(chain)})")
+            raise RecipeError(
+                f"{files[following]}: recipes extend each other in a circle ({' -> '.join([*chain, following])})"
+            )
         chain.append(following)
         own = _parse(files[following])
-        following = own.pop("extends", None)
+        following = _extended(own, files[following])
         settings = _merged(own, settings)
     return settings
 
@@ -79,10 +93,23 @@ def load_recipe(name: str, files: Mapping[str, Path]) -> Recipe:
         raise RecipeError(explain(error, files[name])) from error
 
 
+def _extended(own: dict[str, Any], path: Path) -> str | None:
+    """Take the name of what is extended out of a recipe's own settings."""
+    extended = own.pop("extends", None)
+    if extended is not None and not isinstance(extended, str):
+        raise RecipeError(f"{path}: extends: must be the name of one recipe")
+    if "name" in own:  # or it would silently become another partition
+        raise RecipeError(f"{path}: name: unknown key; a recipe is called as its file is")
+    return extended
+
+
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise RecipeError(f"{path}: not YAML ({line}{error.problem})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(settings, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of settings; see {SHIPPED / 'quickstart.yaml'}")
@@ -90,6 +117,9 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`; a setting of another `kind` has other keys, so it takes the place of the whole."""
+    if "kind" in base and over.get("kind", base["kind"]) != base["kind"]:
+        return dict(over)
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

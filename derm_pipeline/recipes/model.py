@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from derm_pipeline.evaluation.classifiers import ClassifierConfig
 from derm_pipeline.evaluation.fidelity import FidelityConfig
@@ -13,6 +13,7 @@ from derm_pipeline.evaluation.groups import GroupConfig
 from derm_pipeline.evaluation.memorisation import CopyConfig
 from derm_pipeline.generation import SamplingConfig
 from derm_pipeline.latents import LatentConfig
+from derm_pipeline.recipes import NAME
 from derm_pipeline.sources import SOURCES
 from derm_pipeline.training.objectives import AutoencoderTraining, GeneratorTraining
 from derm_pipeline.training.training_set import TrainingSetConfig
@@ -23,7 +24,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    name: str = Field(pattern=NAME)
     """The file's name; lower case, digits and underscores, since it is a partition and a job."""
     title: str
     """What it is, in a sentence."""
@@ -47,28 +48,57 @@ class Recipe(BaseModel):
             raise ValueError(f"unknown source {unknown[0]!r}; there are {', '.join(SOURCES)}")
         return sources
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        """What would otherwise fail in a later stage, after the work of the earlier ones."""
+        size_px, downsampling = self.latents.size_px, self.autoencoder.network.downsampling
+        side = downsampling * self.generator.patch
+        if size_px % side:
+            raise ValueError(
+                f"latents.size_px {size_px} is not a multiple of {side} (autoencoder.network.downsampling "
+                f"{downsampling} x generator.patch {self.generator.patch})"
+            )
+        if self.generator.width % self.generator.heads or self.generator.width % 4:
+            raise ValueError(
+                f"generator.width {self.generator.width} is not a multiple of 4 and of generator.heads "
+                f"{self.generator.heads}"
+            )
+        told = set(self.generator.conditions)
+        asked = {"diagnosis"} | ({"skin_type"} if self.synthetic_dataset.skin_types else set())
+        if not asked <= told:
+            raise ValueError(
+                f"the samples are asked for by {' and '.join(sorted(asked))}, so generator.conditions must name that"
+                + (" (or synthetic_dataset.skin_types be [])" if "diagnosis" in told else "")
+            )
+        if "real" not in self.classifiers.arms:
+            raise ValueError("classifiers.arms must name real: all else is held against it")
+        if self.classifiers.width % 8:
+            raise ValueError(f"classifiers.width {self.classifiers.width} is not a multiple of 8")
+        return self
+
 
 def explain(error: ValidationError, path: Path) -> str:
     """The first few complaints, each with its key and what is allowed there."""
     lines = []
     for complaint in error.errors()[:5]:
         key = ".".join(str(part) for part in complaint["loc"])
-        message = complaint["msg"]
+        message = complaint["msg"].removeprefix("Value error, ")
         if complaint["type"] == "extra_forbidden":
             message = f"unknown key; allowed here: {', '.join(_allowed_keys(complaint['loc'][:-1]))}"
-        lines.append(f"{path}: {key or '(top)'}: {message}")
+        lines.append(f"{path}: {key + ': ' if key else ''}{message}")
     return "\n".join(lines)
 
 
 def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
+    members: list[type[BaseModel]] = []
     for part in location:
         field = model.model_fields.get(str(part))
-        if field is None:
-            continue  # the name of a union's member
-        nested = [found for found in (field.annotation, *get_args(field.annotation)) if _is_model(found)]
-        if nested:
-            model = nested[0]
+        if field is not None:
+            members = [found for found in (field.annotation, *get_args(field.annotation)) if _is_model(found)]
+        else:  # the kind that a union's member goes by
+            members = [found for found in members if found.model_fields["kind"].default == part]
+        model = members[0] if members else model
     return [name for name in model.model_fields if name != "name"]
 
 

@@ -1,0 +1,118 @@
+"""Recipes: what is shipped loads, what is extended is filled in, what is wrong is named."""
+
+import pytest
+
+from derm_pipeline.recipes import SHIPPED, RecipeError, load_recipe, read_recipe, recipe_files, recipe_sources
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(**texts):
+        for stem, text in texts.items():
+            (tmp_path / f"{stem}.yaml").write_text(text)
+        return recipe_files([tmp_path])
+
+    return written
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+def test_every_shipped_recipe_loads(name):
+    recipe = load_recipe(name, recipe_files())
+    assert recipe.name == name
+    assert list(recipe.sources) == recipe_sources(name, recipe_files())
+    assert load_recipe(name, recipe_files()) == recipe
+
+
+def test_a_recipe_is_laid_over_what_it_extends_key_by_key(write):
+    files = write(
+        base="extends: quickstart\ntitle: base\ngenerator: {width: 64, heads: 2}\n",
+        own="extends: base\ngenerator: {depth: 2, training: {num_steps: 7}}\nsources: [ham10000]\n",
+    )
+    shipped, own = load_recipe("quickstart", files), load_recipe("own", files)
+    assert own.title == "base"
+    assert own.sources == ("ham10000",)  # a list is replaced, not lengthened
+    assert (own.generator.width, own.generator.heads, own.generator.depth) == (64, 2, 2)
+    assert own.generator.training == shipped.generator.training.model_copy(update={"num_steps": 7})
+    assert own.autoencoder == shipped.autoencoder
+
+
+def test_another_kind_of_law_does_not_inherit_the_keys_of_the_first(write):
+    own = load_recipe("own", write(own="extends: quickstart\ngenerator: {law: {kind: ddpm, prediction: epsilon}}\n"))
+    assert own.generator.law.kind == "ddpm"
+    assert own.generator.law.prediction == "epsilon"
+    same = load_recipe("own", write(own="extends: quickstart\ngenerator: {law: {kind: flow, logit_std: 2}}\n"))
+    assert (same.generator.law.time_law, same.generator.law.logit_std) == ("logit-normal", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends: quickstart\nwidth: 3\n", ["width: unknown key", "allowed here: title, sources, training_set"]),
+        ("extends: quickstart\ngenerator: {wdith: 3}\n", ["generator.wdith: unknown key", "allowed here: patch, width"]),
+        ("extends: quickstart\ngenerator: {training: {steps: 3}}\n", ["generator.training.steps", "num_steps"]),
+        ("extends: quickstart\ngenerator: {law: {kind: ddpm, foo: 1}}\n", ["foo: unknown key", "prediction"]),
+        ("extends: quickstart\ngenerator: {law: {kind: wave}}\n", ["generator.law", "'flow', 'ddpm'"]),
+        ("extends: quickstart\ngenerator: {width: many}\n", ["generator.width", "valid integer"]),
+        ("extends: quickstart\nsynthetic_dataset: {num_samples: 0}\n", ["num_samples", "greater than or equal to 1"]),
+        ("extends: quickstart\nsynthetic_dataset: {plan: many}\n", ["synthetic_dataset.plan", "'balanced' or 'fill'"]),
+        ("extends: quickstart\nsources: [mars]\n", ["sources", "unknown source 'mars'", "ham10000, phantom"]),
+        ("extends: quickstart\nsources: []\n", ["sources"]),
+        ("extends: quickstart\nname: other\n", ["name", "called as its file is"]),
+        ("extends: quickstart\nlatents: {size_px: 70}\n", ["latents.size_px 70 is not a multiple of 8"]),
+        ("extends: quickstart\ngenerator: {width: 100}\n", ["generator.width 100", "generator.heads 3"]),
+        ("extends: quickstart\ngenerator: {conditions: [diagnosis]}\n", ["generator.conditions", "skin_types be []"]),
+        ("extends: quickstart\ngenerator: {conditions: [skin_type]}\n", ["generator.conditions must name that"]),
+        ("extends: quickstart\nclassifiers: {arms: [synthetic]}\n", ["classifiers.arms must name real"]),
+        ("extends: quickstart\nclassifiers: {width: 12}\n", ["classifiers.width 12 is not a multiple of 8"]),
+        ("extends: nothing\n", ["extends 'nothing' is not a recipe; there are ham10000"]),
+        ("extends: [quickstart]\n", ["extends", "name of one recipe"]),
+        ("extends: own\n", ["circle (own -> own)"]),
+        ("a: 1\nb: [\n", ["not YAML", "line 3"]),
+        ("just words\n", ["a recipe is a mapping"]),
+        ("", ["a recipe is a mapping"]),
+        ("sources: [phantom]\n", ["title: Field required"]),
+    ],
+)
+def test_a_wrong_recipe_is_an_error_that_names_the_file_the_key_and_what_is_allowed(write, tmp_path, text, words):
+    files = write(own=text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("own", files)
+    message = str(caught.value)
+    assert str(tmp_path / "own.yaml") in message
+    assert all(word in message for word in words), message
+    assert len(message.splitlines()) == 1 or "Field required" in message
+
+
+def test_circles_through_several_files_are_found(write):
+    files = write(a="extends: b\n", b="extends: c\n", c="extends: a\n")
+    with pytest.raises(RecipeError, match="a -> b -> c -> a"):
+        read_recipe("a", files)
+
+
+def test_bytes_that_are_no_text_are_named_with_their_file(tmp_path):
+    (tmp_path / "own.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match=r"own\.yaml: not YAML"):
+        load_recipe("own", recipe_files([tmp_path]))
+
+
+def test_an_unknown_recipe_is_an_error_that_names_those_there_are():
+    with pytest.raises(RecipeError, match=r"'nothing' is not a recipe; there are ham10000, ham10000_fast, quickstart"):
+        load_recipe("nothing", recipe_files())
+
+
+def test_a_shipped_name_may_not_be_taken(write):
+    with pytest.raises(RecipeError, match="quickstart exists already"):
+        write(quickstart="extends: ham10000\n")
+
+
+@pytest.mark.parametrize("stem", ["My recipe", "1st", "a-b", "Ä"])
+def test_a_file_whose_name_cannot_be_a_partition_is_named(write, stem):
+    with pytest.raises(RecipeError, match="rename it"):
+        write(**{stem: "extends: quickstart\n"})
+
+
+def test_a_recipe_without_sources_of_its_own_has_those_of_what_it_extends(write):
+    files = write(own="extends: ham10000\n", broken="extends: quickstart\nsources: phantom\n")
+    assert recipe_sources("own", files) == ["ham10000"]
+    with pytest.raises(RecipeError, match="list of source names"):
+        recipe_sources("broken", files)
