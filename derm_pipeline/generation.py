@@ -80,15 +80,17 @@ def plan_samples(config: SamplingConfig, train_counts: Mapping[Cell, int]) -> li
     """The samples to draw, in order, given how many training images each cell has.
 
     balanced spreads `num_samples` evenly over the diagnoses and, within each, over the skin types. fill gives every
-    cell a part in proportion to what it lacks of the fullest cell.
+    cell a part in proportion to what it lacks of the fullest cell that is asked for; where none lacks anything, it is
+    balanced. Without skin types to ask for, a diagnosis' images of every skin type count together.
     """
     skin_types: tuple[SkinType | None, ...] = config.skin_types or (None,)
     cells: list[Cell] = [(diagnosis, skin_type) for diagnosis in Diagnosis for skin_type in skin_types]
-    if config.plan == "balanced":
-        lacking = dict.fromkeys(cells, 1.0)
-    else:
-        most = max(train_counts.values(), default=1)
-        lacking = {cell: float(most - train_counts.get(cell, 0)) for cell in cells}
+    lacking = dict.fromkeys(cells, 1.0)
+    if config.plan == "fill":
+        there = {cell: _num_there(cell, train_counts) for cell in cells}
+        most = max(there.values())
+        if any(count < most for count in there.values()):
+            lacking = {cell: float(most - count) for cell, count in there.items()}
     counts = _apportion(config.num_samples, lacking)
     requests: list[SampleRequest] = []
     for cell in cells:
@@ -98,9 +100,16 @@ def plan_samples(config: SamplingConfig, train_counts: Mapping[Cell, int]) -> li
     return requests
 
 
+def _num_there(cell: Cell, train_counts: Mapping[Cell, int]) -> int:
+    diagnosis, skin_type = cell
+    if skin_type is not None:
+        return train_counts.get(cell, 0)
+    return sum(count for (other, _), count in train_counts.items() if other == diagnosis)
+
+
 def _apportion(total: int, weights: Mapping[Cell, float]) -> Counter[Cell]:
     """Whole numbers in proportion to the weights that sum to `total`: largest remainders, diagnoses taking turns."""
-    scale = total / (sum(weights.values()) or 1)
+    scale = total / sum(weights.values())
     shares = {cell: weight * scale for cell, weight in weights.items()}
     counts = Counter({cell: int(share) for cell, share in shares.items()})
     turn = {cell: place for place, cell in enumerate(sorted(shares, key=lambda cell: (cell[1] or 0, cell[0])))}
