@@ -222,11 +222,7 @@ class Store:
         if not (directory / MANIFEST).is_file():
             return None
         artifact = read_artifact(directory)
-        damaged = [
-            name
-            for name, entry in artifact.manifest.files.items()
-            if not (directory / name).is_file() or (directory / name).stat().st_size != entry.size_bytes
-        ]
+        damaged = _damaged(artifact)
         if damaged:
             raise StoreError(
                 f"the artifact {artifact.reference} is damaged ({', '.join(damaged[:3])}): "
@@ -241,17 +237,19 @@ class Store:
             StoreError: it was never finished.
         """
         pointer = self.root / asset / partition / "current"
-        if not pointer.is_file():
+        if not self.has(asset, partition):
             raise StoreError(f"{asset}/{partition} is not a finished artifact: materialise it first")
         return read_artifact(pointer.parent / pointer.read_text().strip())
 
     def has(self, asset: str, partition: str = WHOLE) -> bool:
-        """Whether this asset and partition has a current artifact."""
-        return (self.root / asset / partition / "current").is_file()
+        """Whether this asset and partition has a current artifact (a person may have removed what was it)."""
+        pointer = self.root / asset / partition / "current"
+        return pointer.is_file() and (pointer.parent / pointer.read_text().strip() / MANIFEST).is_file()
 
     def partitions(self, asset: str) -> list[str]:
         """Partitions of this asset that have a current artifact, sorted."""
-        return sorted(pointer.parent.name for pointer in self.root.glob(f"{asset}/*/current"))
+        names = sorted(pointer.parent.name for pointer in self.root.glob(f"{asset}/*/current"))
+        return [name for name in names if self.has(asset, name)]
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every finished artifact, in the order of its path."""
@@ -318,9 +316,8 @@ class Store:
             The directories removed (or that would be).
         """
         kept: set[str] = set()
-        waiting = [
-            self.current(pointer.parent.parent.name, pointer.parent.name) for pointer in self.root.glob("*/*/current")
-        ]
+        pointers = [(path.parent.parent.name, path.parent.name) for path in self.root.glob("*/*/current")]
+        waiting = [self.current(*pointer) for pointer in pointers if self.has(*pointer)]
         while waiting:
             artifact = waiting.pop()
             if str(artifact.reference) not in kept:
@@ -328,6 +325,7 @@ class Store:
                 waiting += [found for found in map(self.get, artifact.manifest.inputs.values()) if found]
         doomed = [artifact.directory for artifact in self.artifacts() if str(artifact.reference) not in kept]
         doomed += [path for path in self.unfinished() if not _is_locked(path.with_suffix(".lock"))]
+        doomed += sorted(self.root.glob("*/*/.*.removed"))  # of a prune that was killed
         if not dry_run:
             for directory in doomed:
                 _remove(directory)
@@ -381,7 +379,8 @@ class Store:
             return None
         previous = self.current(request.asset, request.partition)
         same_settings = digest_of_json(previous.manifest.settings) == digest_of_json(request.settings)
-        return previous if same_settings and previous.manifest.code_version == request.code_version else None
+        same_code = previous.manifest.code_version == request.code_version
+        return previous if same_settings and same_code and not _damaged(previous) else None
 
     def _set_current(self, artifact: Artifact) -> None:
         pointer = artifact.directory.parent / "current"
@@ -402,7 +401,17 @@ def read_artifact(directory: Path) -> Artifact:
     try:
         return Artifact(directory, Manifest.model_validate_json(path.read_text()))
     except ValidationError as error:
-        raise StoreError(f"{path} is not a manifest of this store ({error.error_count()} fields are wrong)") from error
+        wrong = f"{error.error_count()} fields are wrong"
+        raise StoreError(f"{path} is not a manifest ({wrong}): remove {directory} and run again") from error
+
+
+def _damaged(artifact: Artifact) -> list[str]:
+    """Files that are missing or have another size than the manifest says."""
+    return [
+        name
+        for name, entry in artifact.manifest.files.items()
+        if not (artifact.directory / name).is_file() or (artifact.directory / name).stat().st_size != entry.size_bytes
+    ]
 
 
 def digest_of_json(value: Any) -> str:

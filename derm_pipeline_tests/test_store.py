@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 
 import pyarrow as pa
@@ -211,3 +212,46 @@ def test_two_processes_with_the_same_request_build_once(store):
 
 def test_json_digest_ignores_key_order():
     assert digest_of_json({"a": 1, "b": [1, 2]}) == digest_of_json({"b": [1, 2], "a": 1})
+
+
+def test_what_was_removed_by_hand_is_made_again(store):
+    raw = store.obtain(request("raw"), writes("1"))
+    hair = store.obtain(request("hair", inputs={"raw": raw}), writes("2"))
+    shutil.rmtree(hair.directory)
+    assert not store.has("hair", "phantom")
+    assert store.partitions("hair") == []
+    assert store.prune(dry_run=True) == []
+    with pytest.raises(StoreError, match="materialise it first"):
+        store.current("hair", "phantom")
+    again = store.obtain(request("hair", inputs={"raw": raw}), writes("2"))
+    assert again.reference == hair.reference
+    assert store.current("hair", "phantom").reference == hair.reference
+
+
+def test_rows_of_a_damaged_artifact_are_not_reused(store):
+    first = store.obtain(request("hair", inputs={"raw": store.obtain(request("raw"), writes("1"))}), writes("rows"))
+    first.path("data.txt").write_text("ro")
+    other = store.obtain(request("raw", settings={"n": 2}), writes("2"))
+    seen = []
+
+    def make(build: Build):
+        seen.append(build.previous)
+        writes("rows")(build)
+
+    store.obtain(request("hair", inputs={"raw": other}), make)
+    assert seen == [None]
+
+
+def test_prune_finishes_a_prune_that_was_killed_and_spares_what_is_being_built(store):
+    store.obtain(request("raw"), writes("1"))
+    left = store.root / "raw" / "phantom" / ".abc.removed"
+    left.mkdir()
+    (left / "manifest.json").write_text("{}")
+
+    def building(build: Build):
+        assert store.prune() == [left]
+        writes("2")(build)
+
+    store.obtain(request("hair"), building)
+    assert not left.exists()
+    assert store.prune() == []
