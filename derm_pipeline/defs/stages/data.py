@@ -161,8 +161,9 @@ def visual_captions(workspace: Workspace, source: str, on_progress: OnProgress |
     def make(build: Build) -> None:
         rows = records.table(RECORDS)
         files = image_files(workspace, rows)
-        found = row_wise(build, CAPTIONS, files, partial(_caption_rows, str(hair.path(HAIR))), on_progress)
-        found = found.set_column(1, "image_id", rows["image_id"]).add_column(0, "source", rows["source"])
+        compute = partial(_caption_rows, str(hair.path(HAIR)))
+        found = row_wise(build, CAPTIONS, files, compute, on_progress, added=("source", "image_id"))
+        found = found.add_column(1, "image_id", rows["image_id"]).add_column(0, "source", rows["source"])
         build.write_table(CAPTIONS, found)
         texts = found["text"].to_pylist()
         build.counts.update(num_captions=len(texts), num_distinct=len(set(texts)), example=texts[0])
@@ -181,7 +182,7 @@ def _caption_rows(hair_path: str, files: Sequence[ImageFile]) -> pa.Table:
         hair_masks=[decode_mask(found[digest]["mask_png"]) for digest in digests],
         is_hairy=[found[digest]["is_hairy"] for digest in digests],
     )
-    return visual_captions_table(digests, captions, CAPTIONER)
+    return visual_captions_table(digests, captions, CAPTIONER).drop_columns(["image_id"])
 
 
 def splits(workspace: Workspace) -> Artifact:

@@ -26,6 +26,8 @@ def row_wise(
     files: Sequence[ImageFile],
     compute: Callable[[Sequence[ImageFile]], pa.Table],
     on_progress: OnProgress | None = None,
+    *,
+    added: Sequence[str] = (),
 ) -> pa.Table:
     """The table of all files, in their order, with the columns of `compute` after a first column sha256.
 
@@ -38,9 +40,10 @@ def row_wise(
         files: the images; each digest's row is computed once.
         compute: images -> one row each, in order. It runs in other processes, so it must be importable.
         on_progress: called with (rows done, rows).
+        added: columns that the caller adds to the table before it is written: they are not of the image alone.
     """
     unique = list({file.sha256: file for file in files}.values())
-    parts = [] if build.previous is None else [build.previous.table(name)]
+    parts = [] if build.previous is None else [build.previous.table(name).drop_columns(list(added))]
     parts += [pq.read_table(path) for path in sorted(build.work.glob(f"{name}-*"))]
     known = set().union(*(part["sha256"].to_pylist() for part in parts))
     reusable = set(build.previous.table(name, ["sha256"])["sha256"].to_pylist()) if build.previous else set()

@@ -39,7 +39,7 @@ def missing_provenance(dataset: Artifact) -> list[str]:
 
 
 def copy_problems(fidelity: Artifact) -> list[str]:
-    """A sentence when samples are copies of training images more often than chance explains, or when nobody can tell."""
+    """A sentence when samples copy training images more often than chance explains, or when nobody can tell."""
     copies = fidelity.counts["copies"]
     if copies["num_copies"] is None:
         return [f"no verdict: {copies['reason']}"]
