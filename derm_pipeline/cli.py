@@ -32,18 +32,45 @@ class UserError(click.ClickException):
 def user_errors() -> Iterator[None]:
     """Turn what a user can cause into one line."""
     try:
-        yield
+        with _FullDisk():
+            yield
     except (StoreError, ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
+    except ArithmeticError as error:
+        from derm_pipeline.training.loop import NonFiniteLossError
+
+        if not isinstance(error, NonFiniteLossError):
+            raise
+        raise UserError(str(error)) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk is full ({error.filename or 'while writing'}); free some space (`derm prune` helps) and run "
-                "the same command again: finished work is kept"
-            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
         raise
+
+
+class _FullDisk:
+    """Says that the disk is full, whoever noticed: Python, safetensors (an error of its own) or Dagster's SQLite."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        cause, seen = error, set[int]()
+        while cause is not None and id(cause) not in seen:  # a chain may be a circle
+            seen.add(id(cause))
+            if _says_disk_full(cause):
+                where = getattr(cause, "filename", None) or "while writing"
+                raise UserError(
+                    f"the disk is full ({where}); free some space (`derm prune` helps) and run the same command again: "
+                    "finished work is kept"
+                ) from error
+            cause = cause.__cause__ or cause.__context__
+
+
+def _says_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in (os.strerror(errno.ENOSPC), "database or disk is full"))
 
 
 def with_workspace(command: Command) -> Command:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 from dagster._core.definitions.observe import observe  # not exported at the top level yet
+from dagster._core.errors import DagsterAssetCheckFailedError, DagsterExecutionInterruptedError
 
 from derm_pipeline.defs.assets import data
 from derm_pipeline.defs.assets.recipes import recipe_assets
@@ -24,6 +25,10 @@ _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 Materialised = tuple[str, str, dict[str, dg.MetadataValue]]
 """Asset, partition ("" for none), metadata."""
+
+
+class FailedCheckError(ValueError):
+    """A blocking check did not pass; the message names it and what it found."""
 
 
 class RecipeRun:
@@ -56,18 +61,32 @@ class RecipeRun:
 
     def _materialise(self, everything: list[Asset], selection: list[Asset], partition: str) -> Iterator[Materialised]:
         with living_process(self.instance, self.workspace.data) as tags:
-            result = dg.materialize(
-                everything,
-                selection=selection,
-                partition_key=partition,
-                instance=self.instance,
-                resources=self._resources(),
-                run_config=_QUIET,
-                tags={RECIPE_TAG: self.recipe, **tags},
-            )
+            try:
+                result = dg.materialize(
+                    everything,
+                    selection=selection,
+                    partition_key=partition,
+                    instance=self.instance,
+                    resources=self._resources(),
+                    run_config=_QUIET,
+                    tags={RECIPE_TAG: self.recipe, **tags},
+                )
+            except DagsterExecutionInterruptedError:
+                raise KeyboardInterrupt from None  # Ctrl-C, in the word that callers know
+            except DagsterAssetCheckFailedError as error:
+                raise FailedCheckError("; ".join(self._failed_checks(tags)) or str(error)) from error
         for event in result.get_asset_materialization_events():
             done = event.materialization
             yield done.asset_key.to_user_string(), done.partition or "", dict(done.metadata)
+
+    def _failed_checks(self, tags: dict[str, str]) -> Iterator[str]:
+        for run in self.instance.get_runs(dg.RunsFilter(tags=tags)):
+            for entry in self.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION):
+                assert entry.dagster_event
+                found = entry.dagster_event.asset_check_evaluation_data
+                if not found.passed and found.blocking:
+                    asset = found.asset_key.to_user_string()
+                    yield f"the check {found.check_name} of {asset} failed: {found.description or 'see its metadata'}"
 
 
 def recipe_job(recipe: str, workspace: Workspace) -> dg.JobDefinition:
