@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Floats = npt.NDArray[np.float64]
-Singles = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 
 _CHUNK_ELEMENTS = 8_000_000
@@ -172,7 +171,7 @@ def _judge(table: pd.DataFrame, pixel_threshold: float, feature_threshold: float
         table["is_copy"] |= table.near_by_features & table.same_lesion
 
 
-def pixel_descriptors(images: npt.NDArray[np.uint8], side_px: int = 16) -> Singles:
+def pixel_descriptors(images: npt.NDArray[np.uint8], side_px: int = 16) -> Floats:
     """Small high-passed images, zero-mean a channel and of unit norm: (n, side, side, 3); products are correlations.
 
     What a Gaussian of side/8 leaves over: without it, every centred dark spot is like every other one. A flat image
@@ -181,10 +180,10 @@ def pixel_descriptors(images: npt.NDArray[np.uint8], side_px: int = 16) -> Singl
     count, height, width, _ = images.shape
     down, across = _area_weights(height, side_px), _area_weights(width, side_px)
     smooth = _smoothing(side_px)
-    descriptors = np.empty((count, side_px, side_px, 3), np.float32)
+    descriptors = np.empty((count, side_px, side_px, 3), np.float64)
     step = max(1, _CHUNK_ELEMENTS // (height * width * 3))
     for start in range(0, count, step):
-        batch = images[start : start + step].astype(np.float32)
+        batch = images[start : start + step].astype(np.float64)
         small = _along(_along(batch, down, 1), across, 2)
         small -= _along(_along(small, smooth, 1), smooth, 2)
         small -= small.mean(axis=(1, 2), keepdims=True)
@@ -195,7 +194,7 @@ def pixel_descriptors(images: npt.NDArray[np.uint8], side_px: int = 16) -> Singl
     return descriptors
 
 
-def orientations(images: Singles) -> list[Singles]:
+def orientations(images: Floats) -> list[Floats]:
     """The 8 flips and rotations of square images (n, s, s, c), the unchanged one first."""
     return [np.rot90(turned, k, (1, 2)) for turned in (images, images[:, :, ::-1]) for k in range(4)]
 
@@ -239,12 +238,12 @@ class _Search:
             }
         )
 
-    def _pixel_distances(self, descriptors: Singles) -> Floats:
+    def _pixel_distances(self, descriptors: Floats) -> Floats:
         """(c, N): sqrt(2 - 2 correlation), that is the Euclidean distance, at the best of 8 orientations."""
-        best = np.full((len(descriptors), len(self.pixels)), -1, np.float32)
+        best = np.full((len(descriptors), len(self.pixels)), -1, np.float64)
         for turned in orientations(descriptors):
             np.maximum(best, turned.reshape(len(descriptors), -1) @ self.pixels.T, out=best)
-        return np.sqrt(np.maximum(2 - 2 * best.astype(np.float64), 0))
+        return np.sqrt(np.maximum(2 - 2 * best, 0))
 
     def _feature_distances(self, features: Floats) -> Floats:
         best = np.full((len(features), len(self.features)), np.inf)
@@ -272,25 +271,25 @@ def _oriented(features: npt.NDArray[np.floating]) -> Floats:
     return array[:, None] if array.ndim == 2 else array
 
 
-def _along(batch: Singles, weights: Singles, axis: int) -> Singles:
+def _along(batch: Floats, weights: Floats, axis: int) -> Floats:
     """Weights (out, in) applied along one axis of a batch."""
     return np.moveaxis(np.tensordot(batch, weights, axes=(axis, 1)), -1, axis)
 
 
-def _area_weights(length: int, side: int) -> Singles:
+def _area_weights(length: int, side: int) -> Floats:
     """(side, length): the mean over the part of the line that each output pixel covers."""
     edges = np.linspace(0, length, side + 1)
     pixels = np.arange(length)
     covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     weights = np.maximum(covered, 0)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float64)
 
 
-def _smoothing(side: int) -> Singles:
+def _smoothing(side: int) -> Floats:
     """(side, side): a Gaussian of side/8, normalised at the edges."""
     gap = np.subtract.outer(np.arange(side), np.arange(side))
     weights = np.exp(-0.5 * (gap / (side / 8)) ** 2)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float64)
 
 
 def _check(samples: ImageSet, train: ImageSet, held_out: ImageSet) -> Indices:

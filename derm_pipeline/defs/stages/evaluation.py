@@ -204,7 +204,7 @@ def _make_fidelity(
             on_progress,
         )
     )
-    build.write_table(FIDELITY, pa.Table.from_pandas(scores, preserve_index=False))
+    build.write_table(FIDELITY, figures_table(scores))
     test_images = squares(workspace, recipe, test)
     copies = find_copies(
         ImageSet(samples, features["synthetic"]),
@@ -217,7 +217,7 @@ def _make_fidelity(
         nearest_source=train["source"].take(pa.array(copies.table.pixel_nearest)).to_pylist(),
         nearest_image_id=train["image_id"].take(pa.array(copies.table.pixel_nearest)).to_pylist(),
     )
-    build.write_table(COPIES, pa.Table.from_pandas(table, preserve_index=False))
+    build.write_table(COPIES, figures_table(table))
     overall = scores[scores.group == "all"].set_index("metric")
     build.counts.update(
         {
@@ -238,6 +238,26 @@ def _make_fidelity(
     }
     build.counts["reconstruction_psnr_db"] = _reconstruction_psnr_db(used["autoencoder"], test_images)
     build.counts["num_test"] = test.num_rows
+
+
+def figures_table(frame: pd.DataFrame) -> pa.Table:
+    """A table whose figures have ten significant digits, and are zero where they are nearer to it than 1e-12.
+
+    Sums of floats differ in their last digits from run to run, with where the arrays happen to lie in memory; what is
+    the same but for that must be the same artifact.
+    """
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    for place, field in enumerate(table.schema):
+        if pa.types.is_floating(field.type):
+            values = [_ten_digits(value) for value in table[field.name].to_pylist()]
+            table = table.set_column(place, field.name, pa.array(values, pa.float64()))
+    return table.replace_schema_metadata(None)
+
+
+def _ten_digits(value: float | None) -> float | None:
+    if value is None or abs(value) < 1e-12:
+        return None if value is None else 0.0
+    return float(f"{value:.10g}")
 
 
 def _reconstruction_psnr_db(autoencoder: Artifact, images: Pixels) -> float:
@@ -282,8 +302,9 @@ def group_metrics(workspace: Workspace, name: str) -> Artifact:
         for part in GROUP_TABLES:
             frame: pd.DataFrame | None = getattr(found, part)
             if frame is not None:
-                build.write_table(f"{part}.parquet", pa.Table.from_pandas(frame, preserve_index=False))
-                build.write_bytes(f"{part}.csv", frame.to_csv(index=False).encode())
+                figures = figures_table(frame)
+                build.write_table(f"{part}.parquet", figures)
+                build.write_bytes(f"{part}.csv", figures.to_pandas().to_csv(index=False).encode())
         build.counts.update(_group_figures(found))
 
     return store.obtain(request, make)
