@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from derm_pipeline.defs.stages.generator import METADATA
 from derm_pipeline.defs.stages.reports import LEADERBOARD_PAGE, REPORT, lineage_dict
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.store import Artifact, StoreError, digest_of_file, read_artifact
+from derm_pipeline.store import MANIFEST, Artifact, StoreError, digest_of_file, read_artifact
 
 FORMAT = "derm_pipeline/lineage/1"
 
@@ -34,12 +34,25 @@ def trace(workspace: Workspace, name: str) -> dict[str, Any]:
 def _sample(workspace: Workspace, name: str) -> tuple[Artifact, dict[str, Any]] | None:
     path = Path(name)
     if path.is_file():
-        dataset = path.resolve().parent.parent
-        return _row(read_artifact(dataset), "file_name", f"images/{path.name}")
+        return _sample_of_file(workspace, path)
     recipe, _, number = name.partition("/")
     if not number.isdigit() or recipe not in workspace.store.partitions("synthetic_dataset"):
         return None
     return _row(workspace.store.current("synthetic_dataset", recipe), "sample_id", f"{recipe}/{int(number):06d}")
+
+
+def _sample_of_file(workspace: Workspace, path: Path) -> tuple[Artifact, dict[str, Any]]:
+    """A sample by its file: where it lies in a dataset, or else, wherever it was copied to, by its content."""
+    folder = path.resolve().parent.parent
+    if (folder / MANIFEST).is_file():
+        return _row(read_artifact(folder), "file_name", f"images/{path.name}")
+    digest = digest_of_file(path)
+    for artifact in workspace.store.artifacts():
+        if artifact.manifest.asset == "synthetic_dataset":
+            for name, entry in artifact.manifest.files.items():
+                if entry.sha256 == digest:
+                    return _row(artifact, "file_name", name)
+    raise StoreError(f"{path} is no image of this pipeline's store: it was changed, or its dataset is no longer there")
 
 
 def _row(dataset: Artifact, column: str, value: str) -> tuple[Artifact, dict[str, Any]]:
@@ -124,8 +137,8 @@ def _fidelity_lines(counts: dict[str, Any]) -> list[str]:
     else:
         verdict = "BEYOND CHANCE" if copies["beyond_chance"] else "none beyond chance"
         lines.append(
-            f"  copies     {verdict}: {copies['num_copies']} of {copies['num_samples']:,} samples flagged as near a training image"
-            f", as {copies['held_out_rate']:.1%} of {copies['num_held_out']:,} unseen real images are "
+            f"  copies     {verdict}: {copies['num_copies']} of {copies['num_samples']:,} samples are flagged as near a "
+            f"training image, as are {copies['held_out_rate']:.1%} of {copies['num_held_out']:,} unseen real images "
             f"(p = {copies['p_value']:.2g})"
         )
     return lines

@@ -102,9 +102,9 @@ def find_copies(
     """Find the samples that are copies of training images.
 
     A sample is flagged when it is nearer to a training image by pixels than `percentile` % of unseen real images are
-    (with `use_features` also when it is so by features, while the pixels name the same lesion). About `percentile` % of wholly new images meet this by
-    chance, so a single flag is a reason to look, and `beyond_chance` is the verdict on all. Images near by both views
-    deserve the first look.
+    (with `use_features` also when it is so by features, while the pixels name the same lesion). About `percentile` % of
+    wholly new images meet this by chance, so a single flag is a reason to look, and `beyond_chance` is the verdict on
+    all. Images near by both views deserve the first look.
 
     Found in trials by pixels alone (64 px, 200 of 2,081 drawn training images): all copies that were flipped, rotated,
     compressed (JPEG quality 30), made noisy (sd 8 of 255), brighter, of more contrast, blurred, or rebuilt by an

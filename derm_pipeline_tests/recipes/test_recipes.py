@@ -48,7 +48,10 @@ def test_another_kind_of_law_does_not_inherit_the_keys_of_the_first(write):
     ("text", "words"),
     [
         ("extends: quickstart\nwidth: 3\n", ["width: unknown key", "allowed here: title, sources, training_set"]),
-        ("extends: quickstart\ngenerator: {wdith: 3}\n", ["generator.wdith: unknown key", "allowed here: patch, width"]),
+        (
+            "extends: quickstart\ngenerator: {wdith: 3}\n",
+            ["generator.wdith: unknown key", "allowed here: patch, width"],
+        ),
         ("extends: quickstart\ngenerator: {training: {steps: 3}}\n", ["generator.training.steps", "num_steps"]),
         ("extends: quickstart\ngenerator: {law: {kind: ddpm, foo: 1}}\n", ["foo: unknown key", "prediction"]),
         ("extends: quickstart\ngenerator: {law: {kind: wave}}\n", ["generator.law", "'flow', 'ddpm'"]),
