@@ -137,8 +137,8 @@ def _fidelity_lines(counts: dict[str, Any]) -> list[str]:
     else:
         verdict = "BEYOND CHANCE" if copies["beyond_chance"] else "none beyond chance"
         lines.append(
-            f"  copies     {verdict}: {copies['num_copies']} of {copies['num_samples']:,} samples are flagged as near a "
-            f"training image, as are {copies['held_out_rate']:.1%} of {copies['num_held_out']:,} unseen real images "
+            f"  copies     {verdict}: {copies['num_copies']} of {copies['num_samples']:,} samples are flagged as near "
+            f"a training image, as are {copies['held_out_rate']:.1%} of {copies['num_held_out']:,} unseen real images "
             f"(p = {copies['p_value']:.2g})"
         )
     return lines
