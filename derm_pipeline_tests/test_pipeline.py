@@ -1,0 +1,223 @@
+"""The whole graph in miniature: made once, made anew only where something changed, and resumed after being killed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from derm_pipeline.captions.metadata import names_unknown
+from derm_pipeline.defs.stages import data as stages
+from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, QUARANTINED, RECORDS, SPLITS
+from derm_pipeline.defs.stages.evaluation import sample_images
+from derm_pipeline.defs.stages.generator import EVALUATION_SET, TRAINING_SET
+from derm_pipeline.images import encode_jpeg, read_image
+from derm_pipeline_tests.conftest import NUM_IMAGES, RECIPE_ASSETS, SOURCE_ASSETS, new_project, run_tiny
+
+pytestmark = pytest.mark.slow
+
+ROW_WISE = ("records", "hair", "visual_captions")
+
+
+def image_of(project, split):
+    """The file of an image that is in this split."""
+    rows = project.artifacts()["splits"].table(SPLITS).to_pylist()
+    image_id = next(row["image_id"] for row in rows if row["split"] == split)
+    return project.raw / "phantom" / "images" / f"{image_id}.jpg"
+
+
+def touch(path):
+    """Another image, nearly the same."""
+    image = read_image(path)
+    image[:4] = 255 - image[:4]
+    path.write_bytes(encode_jpeg(image, quality=95))
+
+
+def finished_at(project):
+    return {str(artifact.reference): artifact.manifest.finished for artifact in project.workspace.store.artifacts()}
+
+
+def test_everything_is_made(finished):
+    artifacts = finished.artifacts()
+    assert set(artifacts) == {*SOURCE_ASSETS, *RECIPE_ASSETS, "splits", "leaderboard"}
+    assert finished.workspace.store.verify() == []
+    assert finished.workspace.store.unfinished() == []
+    assert artifacts["records"].counts["num_records"] == NUM_IMAGES
+    assert artifacts["records"].table(QUARANTINED).num_rows == 0
+    rows = [artifacts[name].counts for name in ("training_set", "evaluation_set")]
+    assert rows[0]["num_images"] + rows[1]["num_val"] + rows[1]["num_test"] == NUM_IMAGES
+    metadata, images = sample_images(artifacts["synthetic_dataset"])
+    assert images.shape == (84, 32, 32, 3)
+    assert set(np.unique(metadata["diagnosis"].to_pylist(), return_counts=True)[1]) == {12}
+    assert not [text for text in metadata["text"].to_pylist() if names_unknown(text)]
+    assert metadata["generator_digest"].unique().to_pylist() == [artifacts["generator"].manifest.content_digest]
+    page = artifacts["report"].path("report.html").read_text()
+    assert "Everything, a few steps each" in page
+    assert 'src="http' not in page
+    assert "<script src" not in page
+    assert "tiny" in artifacts["leaderboard"].path("leaderboard.html").read_text()
+
+
+def test_nothing_held_out_reaches_the_generator(finished):
+    artifacts = finished.artifacts()
+    train, held_out = artifacts["training_set"].table(TRAINING_SET), artifacts["evaluation_set"].table(EVALUATION_SET)
+    for column in ("image_id", "sha256", "lesion_id", "patient_id"):
+        assert not (set(train[column].to_pylist()) & set(held_out[column].to_pylist()) - {None}), column
+
+
+def test_a_second_run_makes_nothing(finished):
+    before = finished_at(finished)
+    pointers = {path: path.stat().st_mtime_ns for path in finished.data.glob("store/*/*/current")}
+    run_tiny(finished)
+    assert finished_at(finished) == before
+    assert {path: path.stat().st_mtime_ns for path in finished.data.glob("store/*/*/current")} == pointers
+
+
+def test_a_changed_held_out_image_rebuilds_what_depends_on_it_and_reuses_every_other_row(project):
+    before, path = project.digests(), image_of(project, "test")
+    keys = project.keys()
+    touch(path)
+    run_tiny(project)
+    artifacts, after = project.artifacts(), project.digests()
+    for asset in ROW_WISE:
+        assert artifacts[asset].counts["num_reused"] == NUM_IMAGES - 1, asset
+        assert after[asset] != before[asset]
+    old = finished_rows(project, keys, path.stem)
+    for asset, table in (("records", RECORDS), ("hair", HAIR), ("visual_captions", CAPTIONS)):
+        assert old[asset] == rows_but(artifacts[asset].table(table), artifacts["records"], path.stem), asset
+    # The generator never sees it: its inputs are found to be what they were.
+    changed = {asset for asset in after if after[asset] != before[asset]}
+    remade = {asset for asset, key in project.keys().items() if key != keys[asset]}
+    assert {"splits", "evaluation_set", "classifiers", "group_metrics", "report"} <= changed
+    assert "fidelity" in remade
+    of_the_generator = {"autoencoder", "latents", "generator", "synthetic_dataset"}
+    assert not of_the_generator & remade
+    assert not {"training_set", *of_the_generator} & changed
+
+
+def rows_but(table, records, image_id):
+    """The rows of all images but one."""
+    names = records.table(RECORDS)["image_id"].to_pylist()
+    return [row for name, row in zip(names, table.to_pylist(), strict=True) if name != image_id]
+
+
+def finished_rows(project, keys, image_id):
+    store, found = project.workspace.store, {}
+    records = store.resolve(f"records/phantom/{keys['records']}")
+    for asset, table in (("records", RECORDS), ("hair", HAIR), ("visual_captions", CAPTIONS)):
+        found[asset] = rows_but(store.resolve(f"{asset}/phantom/{keys[asset]}").table(table), records, image_id)
+    return found
+
+
+def test_rows_that_were_reused_are_those_that_would_be_made(project, tmp_path):
+    touch(image_of(project, "train"))
+    fresh = new_project(tmp_path / "fresh", project.raw)
+    for one in (project, fresh):
+        for stage in (stages.records, stages.hair, stages.metadata_captions_of, stages.visual_captions):
+            stage(one.workspace, "phantom")
+    for asset in SOURCE_ASSETS:
+        digests = [one.workspace.store.current(asset, "phantom").manifest.content_digest for one in (project, fresh)]
+        assert digests[0] == digests[1], asset
+    assert fresh.workspace.store.current("hair", "phantom").counts["num_reused"] == 0
+    assert project.workspace.store.current("hair", "phantom").counts["num_reused"] == NUM_IMAGES - 1
+
+
+def test_identical_content_with_a_new_time_makes_the_records_again_and_nothing_downstream(project):
+    before, keys, made = project.digests(), project.keys(), finished_at(project)
+    path = image_of(project, "train")
+    path.write_bytes(path.read_bytes())
+    os.utime(path, (1, 1))
+    run_tiny(project)
+    assert project.digests() == before
+    assert {asset for asset, key in project.keys().items() if key != keys[asset]} == {"records"}
+    assert len(finished_at(project)) == len(made) + 1
+    assert project.workspace.store.prune() == []  # the old records are what everything was made from
+
+
+def test_bad_files_are_quarantined_and_the_run_goes_on(tmp_path, phantoms):
+    shutil.copytree(phantoms, tmp_path / "raw")
+    images = tmp_path / "raw" / "phantom" / "images"
+    truncated, bomb, empty, missing, *_ = sorted(images.iterdir())
+    truncated.write_bytes(truncated.read_bytes()[:-200])
+    ok, png = cv2.imencode(".png", np.zeros((30_000, 30_000), np.uint8))
+    assert ok
+    bomb.unlink()
+    bomb.with_suffix(".png").write_bytes(png.tobytes())
+    empty.write_bytes(b"")
+    missing.unlink()
+    (images / "stranger.jpg").write_bytes(truncated.read_bytes())
+    project = new_project(tmp_path / "project", tmp_path / "raw")
+    done = subprocess.run(derm("run", "tiny"), env=project.environment(), cwd=project.folder, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    artifact = project.artifacts()["records"]
+    reasons = {row["image_id"]: row["reason"] for row in artifact.table(QUARANTINED).to_pylist()}
+    assert artifact.counts["num_records"] == NUM_IMAGES - 4
+    assert set(reasons) == {truncated.stem, bomb.stem, empty.stem, missing.stem, "stranger"}
+    assert "truncated" in reasons[truncated.stem]
+    assert "pixels" in reasons[bomb.stem]
+    assert "zero bytes" in reasons[empty.stem]
+    assert "missing on disk" in reasons[missing.stem]
+    assert "not in the table" in reasons["stranger"]
+    page = project.artifacts()["report"].path("report.html").read_text()
+    assert all(image_id in page for image_id in reasons)
+
+
+def derm(*arguments):
+    return [sys.executable, "-m", "derm_pipeline.cli", *arguments]
+
+
+STAGES = {
+    "autoencoder": "store/autoencoder/tiny/.*.partial/.work/checkpoint.safetensors",
+    "generator": "store/generator/tiny/.*.partial/.work/checkpoint.safetensors",
+    "synthetic_dataset": "store/synthetic_dataset/tiny/.*.partial/.work/samples-*.npy",
+}
+"""What lies there when a stage is in the middle of its work."""
+
+
+def kill_in(project, stage, log: Path):
+    """Start `derm run tiny` and kill it, with all of its children, in the middle of a stage."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            derm("run", "tiny"),
+            env=project.environment(),
+            cwd=project.folder,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while not list(project.data.glob(STAGES[stage])):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not project.workspace.store.has(stage, "tiny"), f"{stage} was finished before it could be killed"
+
+
+def test_killed_in_every_heavy_stage_it_resumes_and_ends_with_the_same_artifacts(finished, tmp_path):
+    project = new_project(tmp_path / "project", finished.raw)
+    for stage in STAGES:
+        kill_in(project, stage, tmp_path / f"{stage}.log")
+        assert [path.parent.parent.name for path in project.workspace.store.unfinished()] == [stage]
+    done = subprocess.run(
+        derm("run", "tiny"), env=project.environment(), cwd=project.folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert project.digests() == finished.digests()
+    assert project.keys() == finished.keys()
+    counts = {asset: artifact.counts for asset, artifact in project.artifacts().items()}
+    assert counts["autoencoder"]["resumed_from_step"] >= 5
+    assert counts["generator"]["resumed_from_step"] >= 5
+    assert finished.artifacts()["generator"].counts["resumed_from_step"] == 0
+    assert project.workspace.store.verify() == []
+    assert project.workspace.store.unfinished() == []
+    lines = done.stdout.splitlines()
+    assert any("84 samples" in line for line in lines)
+    assert str(project.artifacts()["report"].path("report.html")) in done.stdout
