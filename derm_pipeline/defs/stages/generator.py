@@ -15,6 +15,10 @@ from derm_pipeline.sources import SOURCES
 from derm_pipeline.store import Artifact, Build, Reference, Request
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
     from derm_pipeline.generation import Cell
     from derm_pipeline.images import Pixels
     from derm_pipeline.latents import ImageFile, LatentConfig, Restore
@@ -225,7 +229,8 @@ def latents(workspace: Workspace, name: str, on_progress: OnProgress | None = No
     return store.obtain(request, make)
 
 
-def _same_encoder(build: Build, encoder: Artifact):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _same_encoder(build: Build, encoder: Artifact) -> Path | None:
+    """The previous latents, if the same autoencoder made them."""
     previous = build.previous
     if previous is None:
         return None
@@ -268,7 +273,8 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
     return store.obtain(request, make)
 
 
-def _classes(table: pa.Table, recipe: Recipe):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _classes(table: pa.Table, recipe: Recipe) -> dict[str, Tensor]:
+    """The class indices of every row, by condition."""
     import torch
 
     from derm_pipeline.models.generator import class_index
