@@ -8,11 +8,8 @@ Nothing here knows what an artifact means; nothing is ever pickled.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,122 +18,47 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-MANIFEST = "manifest.json"
-WHOLE = "all"
-"""The partition name of an asset that has no partitions."""
+from derm_pipeline.artifacts import (
+    MANIFEST,
+    WHOLE,
+    Artifact,
+    Manifest,
+    Reference,
+    Request,
+    StoreError,
+    content_digest,
+    digest_of_file,
+    digest_of_json,
+    file_entries,
+    read_artifact,
+    replacing,
+    write_json,
+    write_table,
+)
+
+__all__ = [
+    "MANIFEST",
+    "WHOLE",
+    "Artifact",
+    "Build",
+    "Manifest",
+    "Node",
+    "Problem",
+    "Reference",
+    "Request",
+    "Store",
+    "StoreError",
+    "digest_of_file",
+    "digest_of_json",
+    "read_artifact",
+    "replacing",
+    "write_json",
+    "write_table",
+]
 
 _WORK = ".work"
-_LIBRARIES = ("derm_pipeline", "numpy", "torch", "diffusers", "opencv-python-headless", "pyarrow", "scikit-learn")
-
-
-class StoreError(ValueError):
-    """What a user can cause in a store; the message says what to do."""
-
-
-class Reference(BaseModel):
-    """One exact artifact: where it lies and what it holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    asset: str
-    partition: str
-    key: str
-    content_digest: str
-
-    def __str__(self) -> str:
-        return f"{self.asset}/{self.partition}/{self.key}"
-
-
-class FileEntry(BaseModel):
-    """Digest and size of one file of an artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sha256: str
-    size_bytes: int
-
-
-class Manifest(BaseModel):
-    """What an artifact is: its request (inputs, settings, code version) and its content."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    asset: str
-    partition: str
-    key: str
-    inputs: dict[str, Reference]
-    """Role -> the artifact that played it."""
-    settings: dict[str, Any]
-    code_version: str
-    counts: dict[str, Any]
-    """Numbers of items and figures worth showing beside the artifact."""
-    libraries: dict[str, str]
-    started: datetime
-    finished: datetime
-    files: dict[str, FileEntry]
-    content_digest: str
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A finished artifact."""
-
-    directory: Path
-    manifest: Manifest
-
-    def path(self, name: str) -> Path:
-        """The file `name` of this artifact; it must be one that the manifest lists (or a folder of such)."""
-        path = self.directory / name
-        if not path.exists():
-            raise StoreError(f"{self.reference} has no file {name}; it was damaged: run `derm verify`")
-        return path
-
-    @property
-    def reference(self) -> Reference:
-        manifest = self.manifest
-        return Reference(
-            asset=manifest.asset,
-            partition=manifest.partition,
-            key=manifest.key,
-            content_digest=manifest.content_digest,
-        )
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        return self.manifest.counts
-
-    def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """One of the artifact's parquet tables."""
-        return pq.read_table(self.path(name), columns=columns)
-
-    def json(self, name: str) -> Any:
-        """One of the artifact's JSON files."""
-        return json.loads(self.path(name).read_text())
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the store: the same request finds the same artifact."""
-
-    asset: str
-    partition: str
-    inputs: Mapping[str, Reference]
-    settings: Mapping[str, Any]
-    code_version: str
-
-    @property
-    def key(self) -> str:
-        """Digest of the inputs' contents, the settings and the code version (not of where the inputs lie)."""
-        identity = {
-            "asset": self.asset,
-            "inputs": {role: reference.content_digest for role, reference in self.inputs.items()},
-            "settings": self.settings,
-            "code_version": self.code_version,
-        }
-        return digest_of_json(identity)[:16]
+_LIBRARIES = ("derm_pipeline", "numpy", "torch", "opencv-python-headless", "pyarrow", "scipy", "pandas")
 
 
 @dataclass
@@ -353,7 +275,7 @@ class Store:
         shutil.rmtree(partial / _WORK, ignore_errors=True)
         for aside in partial.rglob(".*.aside"):
             aside.unlink()
-        files = _file_entries(partial)
+        files = file_entries(partial)
         manifest = Manifest(
             asset=request.asset,
             partition=request.partition,
@@ -366,7 +288,7 @@ class Store:
             started=started,
             finished=datetime.now(UTC),
             files=files,
-            content_digest=_content_digest(files),
+            content_digest=content_digest(files),
         )
         write_json(partial / MANIFEST, manifest.model_dump(mode="json"))
         if final.exists():  # without a manifest: not ours to trust
@@ -389,22 +311,6 @@ class Store:
                 aside.write_text(artifact.manifest.key + "\n")
 
 
-def read_artifact(directory: Path) -> Artifact:
-    """The finished artifact in this directory.
-
-    Raises:
-        StoreError: there is no manifest, or it is not one of ours.
-    """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise StoreError(f"{directory} is not a finished artifact (no {MANIFEST}): materialise it first")
-    try:
-        return Artifact(directory, Manifest.model_validate_json(path.read_text()))
-    except ValidationError as error:
-        wrong = f"{error.error_count()} fields are wrong"
-        raise StoreError(f"{path} is not a manifest ({wrong}): remove {directory} and run again") from error
-
-
 def _damaged(artifact: Artifact) -> list[str]:
     """Files that are missing or have another size than the manifest says."""
     return [
@@ -414,63 +320,13 @@ def _damaged(artifact: Artifact) -> list[str]:
     ]
 
 
-def digest_of_json(value: Any) -> str:
-    """sha256 of a JSON value, written canonically."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A sibling to write to, which then takes `path`'s place at once: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.aside")
-    yield aside
-    with aside.open("rb") as handle:
-        os.fsync(handle.fileno())
-    aside.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, readable and in a fixed order, all of it or nothing."""
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a parquet table, all of it or nothing; the same rows give the same bytes."""
-    with replacing(path) as aside:
-        pq.write_table(table, aside, compression="zstd")
-
-
-def _file_entries(directory: Path) -> dict[str, FileEntry]:
-    entries = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_symlink():
-            raise StoreError(f"{path} is a link; an artifact holds plain files only")
-        if path.is_file() and path.name != MANIFEST:
-            name = path.relative_to(directory).as_posix()
-            entries[name] = FileEntry(sha256=digest_of_file(path), size_bytes=path.stat().st_size)
-    return entries
-
-
-def _content_digest(files: Mapping[str, FileEntry]) -> str:
-    lines = "".join(f"{name}\0{files[name].sha256}\n" for name in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def _verify_artifact(artifact: Artifact) -> list[Problem]:
     where, manifest = str(artifact.reference), artifact.manifest
     lies_at = "/".join(artifact.directory.parts[-3:])
     problems = []
     if lies_at != where:
         problems.append(Problem(lies_at, f"its manifest is that of {where}"))
-    found = _file_entries(artifact.directory)
+    found = file_entries(artifact.directory)
     for name in sorted(manifest.files.keys() | found.keys()):
         if name not in found:
             problems.append(Problem(where, f"{name} is missing"))
@@ -479,7 +335,7 @@ def _verify_artifact(artifact: Artifact) -> list[Problem]:
         elif found[name].sha256 != manifest.files[name].sha256:
             problems.append(Problem(where, f"{name} was changed after the artifact was finished"))
     request = Request(manifest.asset, manifest.partition, manifest.inputs, manifest.settings, manifest.code_version)
-    if request.key != manifest.key or _content_digest(manifest.files) != manifest.content_digest:
+    if request.key != manifest.key or content_digest(manifest.files) != manifest.content_digest:
         problems.append(Problem(where, f"{MANIFEST} was changed after the artifact was finished"))
     return problems
 
