@@ -90,7 +90,7 @@ def _content(workspace: Workspace, recipe: Recipe, used: dict[str, Artifact]) ->
         reconstructions=Reconstructions(
             images, rebuilt, fidelity.counts["reconstruction_psnr_db"], fidelity.counts["num_test"]
         ),
-        comparison=_comparison(workspace, recipe, train, metadata, samples),
+        comparison=comparison(workspace, recipe, train, metadata, samples),
         losses={asset: LossCurve(*_losses(used[asset])) for asset in ("autoencoder", "generator")},
         agreement=judged["agreement"],
         num_samples={"all": synthetic_counts["num_samples"], **synthetic_counts["diagnoses"]},
@@ -173,7 +173,7 @@ def _caption_examples(
     return examples
 
 
-def _comparison(
+def comparison(
     workspace: Workspace, recipe: Recipe, train: pa.Table, metadata: pa.Table, samples: Pixels, count: int = 6
 ) -> list[ComparisonRow]:
     """Of each diagnosis some real images and samples, light to dark skin where that is known."""
