@@ -15,6 +15,11 @@ from derm_pipeline.sources.phantom import PhantomSource
 from derm_pipeline.sources.phantom_drawing import PhantomConfig
 from derm_pipeline.store import Artifact
 
+# Before torch is imported, here and in the processes that tests start: networks as small as these gain nothing from a
+# second thread, threads that spin on a busy machine cost most of the time, and equal digests need equal numbers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 NUM_IMAGES = 140
 
 TINY = """\
