@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from derm_pipeline.defs.stages.generator import METADATA
-from derm_pipeline.defs.stages.reports import LEADERBOARD_PAGE, REPORT, lineage_dict
+from derm_pipeline.defs.stages.reports import LEADERBOARD_PAGE, REPORT, lineage_dict, reported
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.store import MANIFEST, Artifact, StoreError, digest_of_file, read_artifact
 
@@ -104,8 +104,7 @@ def _facts(node: dict[str, Any]) -> str:
 def summary_lines(workspace: Workspace, name: str) -> list[str]:
     """A recipe's figures, each with its n, and where its report lies."""
     store = workspace.store
-    assets = ("training_set", "evaluation_set", "synthetic_dataset", "classifiers", "fidelity", "group_metrics")
-    counts = {asset: store.current(asset, name).counts for asset in assets}
+    counts = {asset: artifact.counts for asset, artifact in reported(workspace, name).items()}
     judged = counts["classifiers"]
     return [
         f"{name}: {workspace.recipe(name).title}",

@@ -15,7 +15,7 @@ from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.images import Pixels, decode, read_bytes, to_square
 from derm_pipeline.records import Diagnosis, Split
 from derm_pipeline.sources import SOURCES
-from derm_pipeline.store import WHOLE, Artifact, Build, Node, Request
+from derm_pipeline.store import WHOLE, Artifact, Build, Node, Request, StoreError
 
 if TYPE_CHECKING:
     from derm_pipeline.evaluation.report_content import (
@@ -239,12 +239,26 @@ def _nearest_pairs(
     ]
 
 
+def reported(workspace: Workspace, name: str) -> dict[str, Artifact]:
+    """The artifacts that the recipe's current report shows: they belong together, which the current ones need not.
+
+    Raises:
+        StoreError: there is no report, or what it shows is no longer in the store.
+    """
+    report = workspace.store.current("report", name)
+    found = {asset: workspace.store.get(report.manifest.inputs[asset]) for asset in _OF_A_RECIPE}
+    gone = [asset for asset, artifact in found.items() if artifact is None]
+    if gone:
+        raise StoreError(f"the report of {name} shows a {gone[0]} that is no longer in the store: run {name} again")
+    return {asset: artifact for asset, artifact in found.items() if artifact is not None}
+
+
 def leaderboard(workspace: Workspace) -> Artifact:
     """All recipes that have a report, side by side."""
     store = workspace.store
     names = [name for name in store.partitions("report") if name in workspace.recipe_files]
     assets = ("evaluation_set", "synthetic_dataset", "classifiers", "fidelity", "group_metrics")
-    used = {name: {asset: store.current(asset, name) for asset in assets} for name in names}
+    used = {name: reported(workspace, name) for name in names}
     inputs = {f"{asset}/{name}": found[asset].reference for name, found in used.items() for asset in assets}
     titles = {name: workspace.recipe(name).title for name in names}
     sources = {name: list(workspace.recipe(name).sources) for name in names}
