@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from derm_pipeline.defs.stages.generator import METADATA
-from derm_pipeline.defs.stages.reports import LEADERBOARD_PAGE, REPORT, lineage_dict, reported
+from derm_pipeline.defs.stages.reports import LEADERBOARD_PAGE, REPORT, headline_axis, lineage_dict, reported
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.store import MANIFEST, Artifact, StoreError, digest_of_file, read_artifact
 
@@ -148,13 +148,11 @@ def _arm_lines(counts: dict[str, Any]) -> list[str]:
         f"  balanced accuracy  {arm:15} {_with_interval(figure)}"
         for arm, figure in counts.get("balanced_accuracy", {}).items()
     ]
-    for axis in ("diagnosis x skin_tone", "diagnosis"):
-        for arm, worst in counts.get("worst", {}).get(axis, {}).items():
-            gain = counts.get("worst_gain", {}).get(axis, {}).get(arm)
-            against = f"; against real {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else ""
-            lines.append(f"  worst group        {arm:15} {_with_interval(worst)}, {worst['group']}{against}")
-        if axis in counts.get("worst", {}):
-            break
+    axis = headline_axis(counts)
+    for arm, worst in counts["worst"][axis].items() if axis else ():
+        gain = counts.get("worst_gain", {}).get(axis, {}).get(arm)
+        against = f"; against real {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else ""
+        lines.append(f"  worst {axis or '':12} {arm:15} {_with_interval(worst)}, {worst['group']}{against}")
     return lines
 
 

@@ -50,6 +50,9 @@ class ClassifierConfig(BaseModel):
     """AdamW's peak learning rate."""
     weight_decay: float = Field(default=0.05, ge=0)
     """AdamW's weight decay."""
+    balance: float = Field(default=0.0, ge=0, le=1)
+    """How far every arm evens out the diagnoses when it draws images: 0 as they come, 1 every diagnosis equally often,
+    as the arm oversampling always does."""
     label_smoothing: float = Field(default=0.05, ge=0, lt=1)
     """Part of the target that is spread over all diagnoses."""
 
@@ -122,7 +125,7 @@ def train_classifier(
     config: ClassifierConfig,
     *,
     seed: int,
-    balanced: bool = False,
+    balance: float = 0.0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SmallResNet:
     """Train one classifier; the same data, config and seed give the same weights.
@@ -131,7 +134,7 @@ def train_classifier(
         data: training images only.
         config: network and budget.
         seed: of the initial weights, the order of examples and the augmentation.
-        balanced: draw every diagnosis equally often.
+        balance: how far the diagnoses are evened out; see `ClassifierConfig.balance`.
         on_progress: called now and then with (steps done, steps).
     """
     device = pick_device()
@@ -142,7 +145,7 @@ def train_classifier(
     stream = torch.Generator().manual_seed(seed)
     images = torch.from_numpy(data.images).to(device)
     diagnoses = torch.from_numpy(data.diagnoses).to(device)
-    order = _draw_order(data.diagnoses, config.num_steps * config.batch_size, balanced, stream)
+    order = _draw_order(data.diagnoses, config.num_steps * config.batch_size, balance, stream)
     for step in range(config.num_steps):
         chosen = order[step * config.batch_size : (step + 1) * config.batch_size].to(device)
         batch = augment(to_model_range(images[chosen]), stream)
@@ -159,9 +162,9 @@ def train_classifier(
     return model.eval()
 
 
-def _draw_order(diagnoses: npt.NDArray[np.int64], num: int, balanced: bool, stream: torch.Generator) -> Tensor:
-    if balanced:
-        weights = 1 / np.bincount(diagnoses, minlength=len(Diagnosis))[diagnoses]
+def _draw_order(diagnoses: npt.NDArray[np.int64], num: int, balance: float, stream: torch.Generator) -> Tensor:
+    if balance > 0:
+        weights = np.bincount(diagnoses, minlength=len(Diagnosis))[diagnoses] ** -balance
         return torch.multinomial(torch.from_numpy(weights), num, replacement=True, generator=stream)
     epochs = -(-num // len(diagnoses))
     return torch.cat([torch.randperm(len(diagnoses), generator=stream) for _ in range(epochs)])[:num]
@@ -245,7 +248,8 @@ def _train_missing(
 
 
 def _train_arm(data: LabelledImages, config: ClassifierConfig, out: Path, arm: Arm, seed: int) -> None:
-    model = train_classifier(data, config, seed=seed, balanced=arm == "oversampling")
+    balance = 1.0 if arm == "oversampling" else config.balance
+    model = train_classifier(data, config, seed=seed, balance=balance)
     save_weights(out / weights_name(arm, seed), model.state_dict())
 
 

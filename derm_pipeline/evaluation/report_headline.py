@@ -32,7 +32,8 @@ from derm_pipeline.evaluation.report_sections import image_count
 if TYPE_CHECKING:
     import pandas as pd
 
-_HEADLINE_AXES = ("skin_tone", "diagnosis x skin_tone", "diagnosis")
+HEADLINE_AXES = ("skin_tone", "diagnosis x skin_tone", "diagnosis")
+"""The axis whose worst group stands for a recipe: the first of these that its sources know enough of."""
 
 
 def headline(content: ReportContent) -> Markup:
@@ -124,7 +125,7 @@ def _headline_worst(content: ReportContent) -> list[dict[str, Any]]:
     if content.worst is None or not len(content.worst):
         return []
     rows = records_of(content.worst)
-    for axis in (*_HEADLINE_AXES, rows[0]["axis"]):
+    for axis in (*HEADLINE_AXES, rows[0]["axis"]):
         if chosen := [row for row in rows if row["axis"] == axis]:
             return [row for row in chosen if row["metric"] == chosen[0]["metric"]]
     return []

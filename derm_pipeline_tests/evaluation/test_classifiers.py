@@ -73,9 +73,9 @@ def test_balancing_draws_the_rare_diagnosis_as_often(monkeypatch):
     monkeypatch.setattr(classifiers, "to_model_range", lambda images: seen.append(images) or measured(images))
     data = two_colours(200, share=0.05)
     shares = []
-    for balanced in (False, True):
+    for balance in (0.0, 1.0):
         seen.clear()
-        train_classifier(data, config(num_steps=40), seed=0, balanced=balanced)
+        train_classifier(data, config(num_steps=40), seed=0, balance=balance)
         drawn = torch.cat(seen).float().mean((1, 2))
         shares.append(float((drawn[:, 0] > drawn[:, 2]).float().mean()))
     assert shares[0] == pytest.approx((data.diagnoses == MEL).mean(), abs=0.04)

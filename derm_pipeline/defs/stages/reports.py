@@ -276,13 +276,16 @@ def leaderboard(workspace: Workspace) -> Artifact:
     return store.obtain(request, make)
 
 
-_WORST_AXES = ("diagnosis x skin_tone", "diagnosis")
-"""The axis whose worst group stands for a recipe: the first of these that its sources know enough of."""
+def headline_axis(groups: dict[str, Any]) -> str | None:
+    """The axis whose worst group stands for a recipe, given the counts of its group_metrics."""
+    from derm_pipeline.evaluation.report_headline import HEADLINE_AXES
+
+    return next((axis for axis in HEADLINE_AXES if axis in groups.get("worst", {})), None)
 
 
 def _leaderboard_row(name: str, title: str, sources: list[str], used: dict[str, Artifact]) -> dict[str, Any]:
     groups, judged, fidelity = (used[asset].counts for asset in ("group_metrics", "classifiers", "fidelity"))
-    axis = next((axis for axis in _WORST_AXES if axis in groups.get("worst", {})), None)
+    axis = headline_axis(groups)
     gain = groups.get("worst_gain", {}).get(axis, {}).get("real+synthetic")
     return {
         "recipe": name,
