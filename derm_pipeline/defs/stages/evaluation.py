@@ -28,7 +28,7 @@ GROUP_TABLES = ("overall", "groups", "worst", "gains", "left_out")
 EXTRACTOR = "classifier"
 """The name of the features in the metrics' names: those of the first classifier of the real arm."""
 
-CODE_VERSIONS = {"classifiers": "1", "fidelity": "1", "group_metrics": "1", "report": "1", "leaderboard": "1"}
+CODE_VERSIONS = {"classifiers": "1", "fidelity": "1", "group_metrics": "1", "report": "2", "leaderboard": "1"}
 """Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
 
 OnProgress = Callable[[int, int, str], None]

@@ -100,7 +100,7 @@ def _content(workspace: Workspace, recipe: Recipe, used: dict[str, Artifact]) ->
         nearest_pairs=_nearest_pairs(workspace, recipe, used, train, samples),
         min_group_size=recipe.group_metrics.min_group_size,
         confidence=recipe.group_metrics.confidence,
-        lineage=lineage_dict(workspace.store.lineage(used["group_metrics"]), with_counts=False),
+        lineage=lineage_of_contents(workspace.store.lineage(used["group_metrics"])),
         settings=recipe.model_dump(mode="json"),
         libraries=used["generator"].manifest.libraries,
         **tables,
@@ -315,8 +315,8 @@ def _short_row(row: dict[str, Any]) -> dict[str, Any]:
     return short
 
 
-def lineage_dict(node: Node, *, with_counts: bool = True) -> dict[str, Any]:
-    """A lineage walk as JSON; without counts it depends on contents only, not on how often a run was interrupted."""
+def lineage_dict(node: Node) -> dict[str, Any]:
+    """A lineage walk as JSON."""
     manifest = node.manifest
     found: dict[str, Any] = {
         "reference": str(node.reference),
@@ -324,10 +324,21 @@ def lineage_dict(node: Node, *, with_counts: bool = True) -> dict[str, Any]:
         "partition": node.reference.partition,
         "key": node.reference.key,
         "content_digest": node.reference.content_digest,
-        "inputs": {role: lineage_dict(below, with_counts=with_counts) for role, below in sorted(node.inputs.items())},
+        "inputs": {role: lineage_dict(below) for role, below in sorted(node.inputs.items())},
     }
     if manifest is not None:
-        found |= {"code_version": manifest.code_version, "settings": manifest.settings}
-        if with_counts:
-            found["counts"] = manifest.counts
+        found |= {"code_version": manifest.code_version, "settings": manifest.settings, "counts": manifest.counts}
     return found
+
+
+def lineage_of_contents(node: Node) -> dict[str, Any]:
+    """A lineage walk that depends on contents only: not on file times (keys, raw_images) or on interruptions (counts).
+
+    That is what a report shows, so that the same contents give the same page.
+    """
+    below = {role: child for role, child in sorted(node.inputs.items()) if child.reference.asset != "raw_images"}
+    return {
+        "reference": f"{node.reference.asset}/{node.reference.partition}",
+        "content_digest": node.reference.content_digest,
+        "inputs": {role: lineage_of_contents(child) for role, child in below.items()},
+    }
