@@ -115,4 +115,4 @@ def recipe_job(recipe: str, workspace: Workspace) -> dg.JobDefinition:
 def _log(context: dg.OpExecutionContext, materialised: Iterator[Materialised]) -> None:
     for asset, partition, metadata in materialised:
         artifact = metadata.get("artifact")
-        context.log.info(f"{asset}[{partition}] is {artifact.value if artifact else 'there'}")
+        context.log.info(f"{asset}{f'[{partition}]' if partition else ''} is {artifact.value if artifact else 'there'}")
