@@ -152,7 +152,7 @@ def test_a_table_without_a_needed_column_is_named_with_the_columns_found(derm, e
 
 
 def test_what_was_never_made_is_said_to_be_so(derm, empty):
-    assert "training_set/tiny is not a finished artifact" in the_line(derm("report", "tiny", project=empty))
+    assert "report/tiny is not a finished artifact" in the_line(derm("report", "tiny", project=empty))
     assert "0 artifacts are called 'nothing'" in the_line(derm("lineage", "nothing", project=empty))
     assert derm("verify", project=empty).output.startswith("0 artifacts")
     assert derm("prune", project=empty).output.startswith("0 directories")
