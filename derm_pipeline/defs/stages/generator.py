@@ -81,6 +81,9 @@ def evaluation_set(workspace: Workspace, name: str) -> Artifact:
     def make(build: Build) -> None:
         records, splits = _records_of(workspace, recipe), store.current("splits").table(SPLITS)
         parts = {split: split_rows(records, splits, split) for split in (Split.VAL, Split.TEST)}
+        empty = [split.value for split, rows in parts.items() if rows.num_rows == 0]
+        if empty:
+            raise ValueError(f"no image of {', '.join(recipe.sources)} is in the {empty[0]} split: more lesions are needed")
         tables = [
             rows.append_column("split", pa.array([split.value] * rows.num_rows, pa.string()))
             for split, rows in parts.items()
