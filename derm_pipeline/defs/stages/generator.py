@@ -83,7 +83,7 @@ def evaluation_set(workspace: Workspace, name: str) -> Artifact:
         parts = {split: split_rows(records, splits, split) for split in (Split.VAL, Split.TEST)}
         empty = [split.value for split, rows in parts.items() if rows.num_rows == 0]
         if empty:
-            raise ValueError(f"no image of {', '.join(recipe.sources)} is in the {empty[0]} split: more lesions are needed")
+            raise ValueError(f"no image of {', '.join(recipe.sources)} is in the split {empty[0]}: add lesions")
         tables = [
             rows.append_column("split", pa.array([split.value] * rows.num_rows, pa.string()))
             for split, rows in parts.items()
