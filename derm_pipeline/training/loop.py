@@ -56,7 +56,7 @@ class TrainingConfig(BaseModel):
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the weights before that step are kept in the last checkpoint."""
+    """The loss or its gradient became NaN or infinite; the last checkpoint holds the weights of an earlier step."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def train(
     """Train `model` in place, resuming from `work` when a checkpoint lies there.
 
     Args:
-        model: initialised with `seeded(config.seed)`, so that a resumed run starts from the same network.
+        model: initialised from `config.seed`, so that a run without a checkpoint starts from the same network.
         step_loss: the loss of one step; all its randomness comes from the generator that it is given.
         config: budget, optimiser, precision.
         work: folder of the checkpoint; the caller removes it when the result is safe.
@@ -112,15 +112,16 @@ def train(
         with autocast(device, config.precision):
             loss = step_loss(step, stream)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        # Skips the update on the device, without asking the host; `_collect` raises at the next report.
-        optimizer.found_inf = (~torch.isfinite(loss.detach())).float()  # type: ignore[attr-defined]
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        is_sound = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        # AdamW then skips the update on the device, without asking the host; `_collect` raises at the next report.
+        optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]  # torch's GradScaler sets it so, too
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None and config.ema_decay is not None:
             decay = min(config.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(ema, [parameter.detach() for parameter in parameters], 1 - decay)
-        pending.append(loss.detach())
+        pending.append(torch.where(is_sound, loss.detach(), torch.nan))
         done = step + 1
         saves = done % config.checkpoint_every_steps == 0
         if saves or done % 50 == 0 or done == config.num_steps:
@@ -157,7 +158,8 @@ def _collect(pending: list[Tensor], losses: list[float], done: int) -> float:
         if not math.isfinite(value):
             last = losses[-1] if losses else None
             raise NonFiniteLossError(
-                f"the loss is {value} at step {first_step + offset} (last finite loss: {last}); lower the learning rate"
+                f"the loss or its gradient is not finite at step {first_step + offset} (last finite loss: {last}); "
+                "lower the learning rate"
             )
         losses.append(value)
     return sum(values) / len(values)

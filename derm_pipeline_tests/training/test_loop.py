@@ -96,3 +96,16 @@ def test_the_checkpoint_is_plain_tensors(tmp_path):
         train(model, regression(model, fail_at=45), config(), work=tmp_path)
     tensors = load_file(tmp_path / CHECKPOINT)
     assert len(tensors["losses"]) == 40
+
+
+def test_a_gradient_that_is_not_finite_stops_it_even_where_the_loss_is(tmp_path):
+    model = network()
+
+    def loss(step, stream):
+        value = regression(model)(step, stream)
+        flat = next(model.parameters()).sum() * 0  # 0, whose root has an infinite slope
+        return value + (flat.abs().sqrt() if step >= 30 else 0)
+
+    with pytest.raises(NonFiniteLossError, match="step 30"):
+        train(model, loss, config(), work=tmp_path)
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
