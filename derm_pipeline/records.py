@@ -5,6 +5,7 @@ Everything else speaks in these words. No file access and no array code belongs 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum, StrEnum
 from typing import Annotated
 
@@ -12,10 +13,23 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Diagnosis(StrEnum):
-    """The canonical diagnoses: HAM10000's seven (Tschandl et al. 2018, doi:10.1038/sdata.2018.161).
+class Modality(StrEnum):
+    """How an image was taken; its words open every caption."""
 
-    The order is alphabetical by code and fixed: it is the class index of every classifier and generator.
+    DERMOSCOPIC = "dermoscopic"
+    CLINICAL = "clinical"
+    ENDOSCOPIC = "endoscopic"
+
+
+class Diagnosis(StrEnum):
+    """The canonical diagnoses: HAM10000's seven (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), then the others.
+
+    The order is fixed and grows only at its end: classes of every classifier and generator are in this order. The
+    source's own label stands beside it in every record (`source_label`); one without a place here gives no diagnosis.
+
+    akiec is not ak: HAM10000's akiec holds actinic keratoses and intraepithelial carcinomas, which ISIC 2019 tells
+    apart as AK and SCC. bkl is HAM10000's umbrella of seborrheic keratosis, solar lentigo and lichen-planus-like
+    keratosis; vasc that of angioma, angiokeratoma, pyogenic granuloma and haemorrhage.
     """
 
     AKIEC = "akiec"
@@ -25,21 +39,53 @@ class Diagnosis(StrEnum):
     MEL = "mel"
     NV = "nv"
     VASC = "vasc"
+    AK = "ak"
+    SCC = "scc"
+    ACNE = "acne"
+    ALLERGIC_CONTACT_DERMATITIS = "allergic_contact_dermatitis"
+    CUTANEOUS_LYMPHOMA = "cutaneous_lymphoma"
+    DRUG_ERUPTION = "drug_eruption"
+    ECZEMA = "eczema"
+    ERYTHEMA_MULTIFORME = "erythema_multiforme"
+    FOLLICULITIS = "folliculitis"
+    GRANULOMA_ANNULARE = "granuloma_annulare"
+    HERPES_SIMPLEX = "herpes_simplex"
+    HERPES_ZOSTER = "herpes_zoster"
+    IMPETIGO = "impetigo"
+    INSECT_BITE = "insect_bite"
+    IRRITANT_CONTACT_DERMATITIS = "irritant_contact_dermatitis"
+    KAPOSI_SARCOMA = "kaposi_sarcoma"
+    KELOID = "keloid"
+    KERATOSIS_PILARIS = "keratosis_pilaris"
+    LICHEN_PLANUS = "lichen_planus"
+    LICHEN_SIMPLEX = "lichen_simplex"
+    LUPUS = "lupus"
+    MOLLUSCUM = "molluscum"
+    NEMATODE_INFECTION = "nematode_infection"
+    NEUTROPHILIC_DERMATOSIS = "neutrophilic_dermatosis"
+    PITYRIASIS_ROSEA = "pityriasis_rosea"
+    PRURIGO_NODULARIS = "prurigo_nodularis"
+    PSORIASIS = "psoriasis"
+    ROSACEA = "rosacea"
+    SCABIES = "scabies"
+    SEBORRHEIC_DERMATITIS = "seborrheic_dermatitis"
+    STASIS_DERMATITIS = "stasis_dermatitis"
+    TINEA = "tinea"
+    TINEA_VERSICOLOR = "tinea_versicolor"
+    URTICARIA = "urticaria"
+    VASCULITIS = "vasculitis"
+    VITILIGO = "vitiligo"
+    WART = "wart"
 
     @property
     def phrase(self) -> str:
         """The diagnosis in words, as it stands in a caption."""
-        return _PHRASES[self]
+        return _PHRASES.get(self, self.value.replace("_", " "))
 
     @property
     def is_malignant(self) -> bool:
         """Whether it is malignant; akiec (actinic keratosis, intraepithelial carcinoma) counts as in-situ disease."""
-        return self in {Diagnosis.AKIEC, Diagnosis.BCC, Diagnosis.MEL}
-
-    @property
-    def class_index(self) -> int:
-        """Position in the canonical order, from 0."""
-        return list(Diagnosis).index(self)
+        return self in _MALIGNANT
 
 
 _PHRASES = {
@@ -50,7 +96,33 @@ _PHRASES = {
     Diagnosis.MEL: "melanoma",
     Diagnosis.NV: "melanocytic nevus",
     Diagnosis.VASC: "vascular lesion",
+    Diagnosis.AK: "actinic keratosis",
+    Diagnosis.SCC: "squamous cell carcinoma",
+    Diagnosis.LUPUS: "lupus erythematosus",
+    Diagnosis.MOLLUSCUM: "molluscum contagiosum",
 }
+_MALIGNANT = {
+    Diagnosis.AKIEC,
+    Diagnosis.BCC,
+    Diagnosis.MEL,
+    Diagnosis.SCC,
+    Diagnosis.CUTANEOUS_LYMPHOMA,
+    Diagnosis.KAPOSI_SARCOMA,
+}
+
+
+def canonical(diagnoses: Iterable[str]) -> tuple[Diagnosis, ...]:
+    """The different diagnoses among these, in the canonical order: the classes of whatever learns from them."""
+    present = set(diagnoses)
+    return tuple(diagnosis for diagnosis in Diagnosis if diagnosis in present)
+
+
+class SkinTone(StrEnum):
+    """The coarse group of Fitzpatrick skin types: light (1-2), medium (3-4) or dark (5-6)."""
+
+    LIGHT = "light"
+    MEDIUM = "medium"
+    DARK = "dark"
 
 
 class SkinType(IntEnum):
@@ -69,9 +141,9 @@ class SkinType(IntEnum):
         return _TONES[self]
 
     @property
-    def tone(self) -> str:
+    def tone(self) -> SkinTone:
         """The coarse group: light (1-2), medium (3-4) or dark (5-6)."""
-        return ("light", "medium", "dark")[(self - 1) // 2]
+        return tuple(SkinTone)[(self - 1) // 2]
 
 
 _TONES = {
@@ -85,10 +157,10 @@ _TONES = {
 
 
 class SkinTypeOrigin(StrEnum):
-    """How a record's skin type is known."""
+    """How a record's skin type or tone is known. What is estimated from pixels never stands there: see `statistics`."""
 
     LABELLED = "labelled"
-    ESTIMATED = "estimated"
+    SELF_REPORTED = "self_reported"
     DRAWN = "drawn"
 
 
@@ -98,7 +170,7 @@ class Sex(StrEnum):
 
 
 class Site(StrEnum):
-    """Body site, in HAM10000's words; unknown is None, never a value."""
+    """Body site, in HAM10000's words and then those of the others; unknown is None, never a value."""
 
     ABDOMEN = "abdomen"
     ACRAL = "acral"
@@ -114,6 +186,12 @@ class Site(StrEnum):
     SCALP = "scalp"
     TRUNK = "trunk"
     UPPER_EXTREMITY = "upper extremity"
+    BUTTOCKS = "buttocks"
+    FRONT_OF_TRUNK = "front of the trunk"
+    HEAD_OR_NECK = "head or neck"
+    ORAL_OR_GENITAL = "oral or genital"
+    PALM_OR_SOLE = "palm or sole"
+    SIDE_OF_TRUNK = "side of the trunk"
 
 
 class Split(StrEnum):
@@ -139,19 +217,33 @@ class Record(BaseModel):
     size_bytes: int
     width_px: int
     height_px: int
-    diagnosis: Diagnosis
+    modality: Modality
+    diagnosis: Diagnosis | None
+    """None where the source gives none, or one that has no place among `Diagnosis`."""
     source_label: str
-    """The label as the source writes it."""
-    malignant: bool
+    """The label as the source writes it; "" where it gives none."""
+    malignant: bool | None
+    """What the source says, else what follows from the diagnosis."""
     age_years: int | None = Field(default=None, ge=1, le=120)
+    age_range: str | None = Field(default=None, pattern=r"^[0-9]{1,3}-[0-9]{1,3}$")
+    """First and last year ("30-39") where the source gives no more than that."""
     sex: Sex | None = None
     site: Site | None = None
     skin_type: SkinType | None = None
+    skin_tone: SkinTone | None = None
+    """That of the skin type, or what the source says where it only tells tones apart."""
     skin_type_origin: SkinTypeOrigin | None = None
+    """How skin type and tone are known; None where neither is."""
+    ethnicity: str | None = None
+    """Self-reported, in the source's words: a group, never a label."""
     lesion_id: str | None = None
     patient_id: str | None = None
+    official_split: Split | None = None
+    """The side that the publisher put it on; kept (see `splits`)."""
     concepts: dict[str, str] = Field(default_factory=dict)
     """What else the source says of the image (dx_type, 7-point criteria ...), in its own words."""
+    text: str | None = None
+    """The source's own caption."""
     duplicate_of: str | None = None
     """image_id of the first record of this source with the same bytes."""
 
@@ -176,17 +268,23 @@ RECORD_SCHEMA = pa.schema(
         pa.field("size_bytes", pa.int64(), nullable=False),
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
-        pa.field("diagnosis", pa.string(), nullable=False),
+        pa.field("modality", pa.string(), nullable=False),
+        pa.field("diagnosis", pa.string()),
         pa.field("source_label", pa.string(), nullable=False),
-        pa.field("malignant", pa.bool_(), nullable=False),
+        pa.field("malignant", pa.bool_()),
         pa.field("age_years", pa.int32()),
+        pa.field("age_range", pa.string()),
         pa.field("sex", pa.string()),
         pa.field("site", pa.string()),
         pa.field("skin_type", pa.int32()),
+        pa.field("skin_tone", pa.string()),
         pa.field("skin_type_origin", pa.string()),
+        pa.field("ethnicity", pa.string()),
         pa.field("lesion_id", pa.string()),
         pa.field("patient_id", pa.string()),
+        pa.field("official_split", pa.string()),
         pa.field("concepts", pa.map_(pa.string(), pa.string())),
+        pa.field("text", pa.string()),
         pa.field("duplicate_of", pa.string()),
     ]
 )

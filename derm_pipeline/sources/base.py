@@ -10,14 +10,14 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 
 from derm_pipeline.images import BadImageError, FileFacts, inspect, read_bytes
-from derm_pipeline.records import Quarantined, Record, quarantine_table, records_table
+from derm_pipeline.records import Diagnosis, Quarantined, Record, quarantine_table, records_table
 from derm_pipeline.sources.listing import Candidate, Listing
 
 OnProgress = Callable[[int, int], None]
@@ -48,6 +48,10 @@ class Source(Protocol):
     @property
     def homepage(self) -> str:
         """Where the files are to be had."""
+
+    @property
+    def diagnoses(self) -> Mapping[str, Diagnosis | None]:
+        """The source's labels in lower case and what each means here; None for one that has no place in `Diagnosis`."""
 
     def prepare(self, folder: Path, on_progress: OnProgress | None = None) -> None:
         """Make sure that the files are there: a drawn source draws what is missing, the others look.
@@ -190,29 +194,12 @@ def _facts(path: Path, sizes: Mapping[str, tuple[int, int]]) -> FileFacts:
 
 
 def _record(source: str, candidate: Candidate, facts: FileFacts, duplicate_of: str | None) -> Record:
-    assert candidate.file is not None
-    malignant = candidate.diagnosis.is_malignant if candidate.malignant is None else candidate.malignant
-    return Record(
-        source=source,
-        image_id=candidate.image_id,
-        file=candidate.file,
-        sha256=facts.sha256,
-        size_bytes=facts.size_bytes,
-        width_px=facts.width_px,
-        height_px=facts.height_px,
-        diagnosis=candidate.diagnosis,
-        source_label=candidate.source_label,
-        malignant=malignant,
-        age_years=candidate.age_years,
-        sex=candidate.sex,
-        site=candidate.site,
-        skin_type=candidate.skin_type,
-        skin_type_origin=candidate.skin_type_origin,
-        lesion_id=candidate.lesion_id,
-        patient_id=candidate.patient_id,
-        concepts=dict(candidate.concepts),
-        duplicate_of=duplicate_of,
-    )
+    known = {field.name: getattr(candidate, field.name) for field in fields(candidate)}
+    if candidate.malignant is None and candidate.diagnosis is not None:
+        known["malignant"] = candidate.diagnosis.is_malignant
+    if candidate.skin_type is not None:
+        known["skin_tone"] = candidate.skin_type.tone
+    return Record(source=source, duplicate_of=duplicate_of, **known, **asdict(facts))
 
 
 def _quarantine(source: str, candidate: Candidate, reason: str) -> Quarantined:

@@ -8,13 +8,13 @@ from pathlib import Path
 from derm_pipeline.records import Diagnosis, Sex, Site
 from derm_pipeline.sources.base import OnProgress
 from derm_pipeline.sources.listing import (
+    BadRowError,
     Candidate,
     Listing,
     find_images,
     fingerprint_files,
     pair,
     parse_age,
-    parse_word,
     parse_word_or_none,
     read_table,
 )
@@ -30,6 +30,9 @@ CONCEPTS = ("dx_type", "dataset")
 """Columns kept as concepts, in the publisher's words; `dataset` is only in newer tables."""
 
 
+DIAGNOSES = {word: Diagnosis(word) for word in ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")}
+
+
 class Ham10000:
     """10,015 dermoscopic images of seven diagnoses; ages, sexes and sites partly unknown, skin types not given."""
 
@@ -40,6 +43,7 @@ class Ham10000:
         "Tschandl, Rosendahl and Kittler: The HAM10000 dataset, a large collection of multi-source dermatoscopic "
         "images of common pigmented skin lesions. Scientific Data 5, 180161 (2018), doi:10.1038/sdata.2018.161"
     )
+    diagnoses: Mapping[str, Diagnosis | None] = DIAGNOSES
     homepage = "https://doi.org/10.7910/DVN/DBW86T"
 
     def prepare(self, folder: Path, on_progress: OnProgress | None = None) -> None:
@@ -79,10 +83,16 @@ def _candidate(cells: Mapping[str, str], file: str | None) -> Candidate:
         image_id=cells["image_id"],
         file=file,
         source_label=cells["dx"],
-        diagnosis=parse_word(Diagnosis, "dx", cells["dx"]),
+        diagnosis=_diagnosis(cells["dx"]),
         age_years=parse_age("age", cells["age"]),
         sex=parse_word_or_none(Sex, "sex", cells["sex"]),
         site=parse_word_or_none(Site, "localization", cells["localization"]),
         lesion_id=cells["lesion_id"] or None,
         concepts={name: cells[name] for name in CONCEPTS if cells.get(name)},
     )
+
+
+def _diagnosis(text: str) -> Diagnosis:
+    if text not in DIAGNOSES:
+        raise BadRowError(f"dx {text!r} is outside the vocabulary; allowed: {', '.join(DIAGNOSES)}")
+    return DIAGNOSES[text]

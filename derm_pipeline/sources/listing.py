@@ -20,7 +20,18 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from derm_pipeline.images import SUFFIXES
-from derm_pipeline.records import Diagnosis, ImageId, Quarantined, Sex, Site, SkinType, SkinTypeOrigin
+from derm_pipeline.records import (
+    Diagnosis,
+    ImageId,
+    Modality,
+    Quarantined,
+    Sex,
+    Site,
+    SkinTone,
+    SkinType,
+    SkinTypeOrigin,
+    Split,
+)
 
 OTHER_SUFFIXES = {".bmp", ".gif", ".heic", ".jfif", ".jp2", ".tif", ".tiff", ".webp"}
 """Pictures that are not read: they are listed all the same, so that they are quarantined and not overlooked."""
@@ -29,6 +40,7 @@ UNKNOWN_WORDS = frozenset({"", "unknown", "nan"})
 """What stands in a cell whose value the publisher does not know, in lower case."""
 
 _WORD = TypeVar("_WORD", bound=StrEnum)
+_VALUE = TypeVar("_VALUE")
 _IMAGE_ID: TypeAdapter[str] = TypeAdapter(ImageId)
 
 
@@ -44,17 +56,24 @@ class Candidate:
     file: str | None
     """Path relative to the source's folder, with forward slashes; None when there is no such file."""
     source_label: str
-    diagnosis: Diagnosis
+    diagnosis: Diagnosis | None
+    modality: Modality = Modality.DERMOSCOPIC
     malignant: bool | None = None
-    """What the source says; None means that it follows from the diagnosis."""
+    """What the source says; None means that it follows from the diagnosis, if there is one."""
     age_years: int | None = None
+    age_range: str | None = None
     sex: Sex | None = None
     site: Site | None = None
     skin_type: SkinType | None = None
+    skin_tone: SkinTone | None = None
+    """Only where the source gives a tone and no skin type; else it follows from the skin type."""
     skin_type_origin: SkinTypeOrigin | None = None
+    ethnicity: str | None = None
     lesion_id: str | None = None
     patient_id: str | None = None
+    official_split: Split | None = None
     concepts: Mapping[str, str] = field(default_factory=dict)
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -250,6 +269,20 @@ def parse_word(vocabulary: type[_WORD], column: str, text: str) -> _WORD:
 def parse_word_or_none(vocabulary: type[_WORD], column: str, text: str) -> _WORD | None:
     """Like `parse_word`; None for the spellings of unknown."""
     return None if text.lower() in UNKNOWN_WORDS else parse_word(vocabulary, column, text)
+
+
+def parse_mapped(mapping: Mapping[str, _VALUE], column: str, text: str) -> _VALUE | None:
+    """What a source's own word (in lower case a key of `mapping`) means here; None for the spellings of unknown.
+
+    Raises:
+        BadRowError: another word; the message lists those allowed.
+    """
+    word = text.lower()
+    if word in mapping:
+        return mapping[word]
+    if word in UNKNOWN_WORDS:
+        return None
+    raise BadRowError(f"{column} {_shown(text)} is outside the vocabulary; allowed: {', '.join(mapping)}")
 
 
 def parse_age(column: str, text: str) -> int | None:

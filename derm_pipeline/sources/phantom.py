@@ -33,11 +33,11 @@ from derm_pipeline.sources.listing import (
     fingerprint_files,
     pair,
     parse_age,
-    parse_word,
+    parse_mapped,
     parse_word_or_none,
     read_table,
 )
-from derm_pipeline.sources.phantom_drawing import Artefact, Phantom, PhantomCase, PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom_drawing import DRAWN, Artefact, Phantom, PhantomCase, PhantomConfig, draw, plan
 
 SETTINGS = "phantom.json"
 TABLE = "metadata.csv"
@@ -65,6 +65,7 @@ class PhantomSource:
     title = "Phantoms"
     licence = "Apache-2.0"
     citation = "Drawn by derm_pipeline; no image shows a person."
+    diagnoses: Mapping[str, Diagnosis | None] = {diagnosis.value: diagnosis for diagnosis in DRAWN}
     homepage = "drawn on this machine by derm_pipeline.sources.phantom"
 
     def __init__(self, config: PhantomConfig | None = None) -> None:
@@ -233,7 +234,7 @@ def _candidate(cells: Mapping[str, str], file: str | None) -> Candidate:
         image_id=cells["image_id"],
         file=file,
         source_label=cells["diagnosis"],
-        diagnosis=parse_word(Diagnosis, "diagnosis", cells["diagnosis"]),
+        diagnosis=parse_mapped(PhantomSource.diagnoses, "diagnosis", cells["diagnosis"]),
         age_years=parse_age("age", cells["age"]),
         sex=parse_word_or_none(Sex, "sex", cells["sex"]),
         site=parse_word_or_none(Site, "site", cells["site"]),

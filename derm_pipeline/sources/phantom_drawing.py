@@ -39,6 +39,8 @@ _DARK_SUBTLE = 2.0
 _IMAGES_PER_LESION = (0.74, 0.19, 0.06, 0.01)
 """Shares of lesions with 1, 2, 3, 4 photographs: 1.34 on average, as in HAM10000."""
 _LESIONS_PER_PATIENT = (0.70, 0.20, 0.10)
+DRAWN = tuple(Diagnosis)[:7]
+"""The diagnoses that are drawn: HAM10000's seven."""
 _R2 = (0.7548776662466927, 0.5698402909980532)
 """Steps of the R2 low-discrepancy sequence (powers of the inverse plastic number)."""
 
@@ -93,8 +95,8 @@ class PhantomConfig(BaseModel):
 
     @property
     def frequencies(self) -> tuple[float, ...]:
-        """The seven relative frequencies in the order of `Diagnosis`."""
-        return tuple(float(getattr(self, diagnosis.value)) for diagnosis in Diagnosis)
+        """The seven relative frequencies in the order of `DRAWN`."""
+        return tuple(float(getattr(self, diagnosis.value)) for diagnosis in DRAWN)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def plan(config: PhantomConfig) -> list[PhantomCase]:
 def _plan_patient(config: PhantomConfig, patient: int) -> list[PhantomCase]:
     rng = np.random.default_rng([config.seed, patient])
     share = np.array(config.frequencies) / sum(config.frequencies)
-    types = np.array([_TYPES_MALIGNANT if diagnosis.is_malignant else _TYPES_BENIGN for diagnosis in Diagnosis])
+    types = np.array([_TYPES_MALIGNANT if diagnosis.is_malignant else _TYPES_BENIGN for diagnosis in DRAWN])
     # A low-discrepancy walk through the frequencies, so that a small dataset holds the rare diagnoses and skins too.
     place = (np.random.default_rng([config.seed]).uniform(size=2) + patient * np.array(_R2)) % 1.0
     first = min(6, int(np.searchsorted(np.cumsum(share), place[0], side="right")))
@@ -194,13 +196,13 @@ def _plan_patient(config: PhantomConfig, patient: int) -> list[PhantomCase]:
     diagnoses = [first]
     for _ in range(rng.choice(3, p=_LESIONS_PER_PATIENT)):
         diagnoses.append(int(rng.choice(7, p=given_skin / given_skin.sum())))
-    habit = _HABITS[list(Diagnosis)[first]]
+    habit = _HABITS[DRAWN[first]]
     age = round(float(np.clip(rng.normal(*habit.age), 5, 90)) / 5) * 5
     sex = Sex.MALE if rng.uniform() < habit.male else Sex.FEMALE
     known_age, known_sex = rng.uniform(size=2) >= config.p_unknown
     cases = []
     for lesion, diagnosis in enumerate(diagnoses):
-        site = _HABITS[list(Diagnosis)[diagnosis]].sites[rng.integers(len(_HABITS[list(Diagnosis)[diagnosis]].sites))]
+        site = _HABITS[DRAWN[diagnosis]].sites[rng.integers(len(_HABITS[DRAWN[diagnosis]].sites))]
         known_site = rng.uniform() >= config.p_unknown
         lesion_seed = _seed(config.seed, patient, lesion)
         for photo in range(1 + rng.choice(4, p=_IMAGES_PER_LESION)):
@@ -209,7 +211,7 @@ def _plan_patient(config: PhantomConfig, patient: int) -> list[PhantomCase]:
                     image_id=f"PHANTOM_{patient:06d}_{lesion}_{photo}",
                     lesion_id=f"L{patient:06d}_{lesion}",
                     patient_id=f"P{patient:06d}",
-                    diagnosis=list(Diagnosis)[diagnosis],
+                    diagnosis=DRAWN[diagnosis],
                     skin_type=SkinType(skin + 1),
                     sex=sex if known_sex else None,
                     age_years=age if known_age else None,
