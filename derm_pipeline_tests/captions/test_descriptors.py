@@ -8,8 +8,8 @@ import pytest
 
 from derm_pipeline.captions.descriptors import COLOURS, ita_degrees, measure, skin_tone
 from derm_pipeline.captions.segmentation import see
-from derm_pipeline.records import Diagnosis, SkinType
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
+from derm_pipeline.records import SkinType
+from derm_pipeline.sources.phantom_drawing import DRAWN, PhantomConfig, draw, plan
 
 SKIN_LAB = (72.0, 11.0, 16.0)
 PALETTE_LAB = {
@@ -169,7 +169,7 @@ def phantoms(count_each, seed):
     return [
         draw(case)
         for tone in SkinType
-        for diagnosis in Diagnosis
+        for diagnosis in DRAWN
         for case in [case for case in cases if case.skin_type == tone and case.diagnosis == diagnosis][:count_each]
     ]
 

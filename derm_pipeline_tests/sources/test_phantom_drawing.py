@@ -8,9 +8,9 @@ import pytest
 
 from derm_pipeline.images import to_square
 from derm_pipeline.records import Diagnosis, SkinType
-from derm_pipeline.sources.phantom_drawing import Phantom, PhantomCase, PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom_drawing import DRAWN, Phantom, PhantomCase, PhantomConfig, draw, plan
 
-BALANCED = {diagnosis.value: 1.0 for diagnosis in Diagnosis}
+BALANCED = {diagnosis.value: 1.0 for diagnosis in DRAWN}
 BARE = {"p_hair": 0.0, "p_ruler": 0.0, "p_ink": 0.0, "p_bubbles": 0.0, "p_vignette": 0.0}
 
 
@@ -59,9 +59,9 @@ def test_identifiers_name_one_image_one_lesion_and_one_patient():
 def test_diagnoses_come_in_the_configured_frequencies_even_in_a_small_dataset():
     config = PhantomConfig(num_images=300, seed=7)
     counts = Counter(case.diagnosis for case in plan(config))
-    assert set(counts) == set(Diagnosis)
+    assert set(counts) == set(DRAWN)
     large = plan(config.model_copy(update={"num_images": 6000}))
-    for diagnosis, frequency in zip(Diagnosis, config.frequencies, strict=True):
+    for diagnosis, frequency in zip(DRAWN, config.frequencies, strict=True):
         assert np.mean([case.diagnosis is diagnosis for case in large]) == pytest.approx(frequency, abs=0.02)
 
 
@@ -89,7 +89,7 @@ def test_some_ages_sexes_and_sites_are_unknown_and_the_others_plausible():
     ages = [case.age_years for case in cases if case.age_years is not None]
     assert min(ages) >= 5
     assert max(ages) <= 90
-    median = {d: np.median([c.age_years for c in cases if c.diagnosis is d and c.age_years]) for d in Diagnosis}
+    median = {d: np.median([c.age_years for c in cases if c.diagnosis is d and c.age_years]) for d in DRAWN}
     assert median[Diagnosis.NV] < median[Diagnosis.MEL] <= median[Diagnosis.BCC]
 
 
