@@ -26,7 +26,7 @@ from derm_pipeline.latents import to_pixels
 from derm_pipeline.models.diffusion import guided, noise_for, sample
 from derm_pipeline.models.generator import class_index, load_autoencoder, load_network
 from derm_pipeline.models.runtime import autocast, pick_device
-from derm_pipeline.records import Diagnosis, SkinType
+from derm_pipeline.records import Diagnosis, SkinType, canonical
 from derm_pipeline.store import digest_of_json, replacing
 
 Cell = tuple[Diagnosis, SkinType | None]
@@ -77,14 +77,15 @@ class SampleRequest:
 
 
 def plan_samples(config: SamplingConfig, train_counts: Mapping[Cell, int]) -> list[SampleRequest]:
-    """The samples to draw, in order, given how many training images each cell has.
+    """The samples to draw, in order, given how many training images each cell has: of the diagnoses that it has.
 
     balanced spreads `num_samples` evenly over the diagnoses and, within each, over the skin types. fill gives every
     cell a part in proportion to what it lacks of the fullest cell that is asked for; where none lacks anything, it is
     balanced. Without skin types to ask for, a diagnosis' images of every skin type count together.
     """
     skin_types: tuple[SkinType | None, ...] = config.skin_types or (None,)
-    cells: list[Cell] = [(diagnosis, skin_type) for diagnosis in Diagnosis for skin_type in skin_types]
+    diagnoses = canonical(diagnosis for diagnosis, _ in train_counts)
+    cells: list[Cell] = [(diagnosis, skin_type) for diagnosis in diagnoses for skin_type in skin_types]
     lacking = dict.fromkeys(cells, 1.0)
     if config.plan == "fill":
         there = {cell: _num_there(cell, train_counts) for cell in cells}
@@ -155,7 +156,9 @@ def draw_samples(
         if not path.exists():
             padded = [*batch, *[batch[-1]] * (config.batch_size - len(batch))]
             conditions = {
-                name: torch.tensor([class_index(name, getattr(request, name)) for request in padded], device=device)
+                name: torch.tensor(
+                    [class_index(spec.classes, name, getattr(request, name)) for request in padded], device=device
+                )
                 for name in spec.network.conditions
             }
             denoise = guided(network, conditions, config.guidance)
@@ -238,7 +241,9 @@ def _png_with_text(image: Pixels, row: Mapping[str, object]) -> bytes:
 def dataset_card(recipe: str, requests: Sequence[SampleRequest], *, licences: Sequence[str], size_px: int) -> str:
     """The README of a synthetic dataset, with the front matter that dataset hubs read."""
     counts = Counter(request.diagnosis for request in requests)
-    table = "\n".join(f"| {diagnosis.phrase} (`{diagnosis.value}`) | {counts[diagnosis]} |" for diagnosis in Diagnosis)
+    table = "\n".join(
+        f"| {diagnosis.phrase} (`{diagnosis.value}`) | {counts[diagnosis]} |" for diagnosis in canonical(counts)
+    )
     return f"""---
 pretty_name: Synthetic skin lesions ({recipe})
 tags: [synthetic, dermatology]

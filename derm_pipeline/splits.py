@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from derm_pipeline.records import SkinType, Split
+from derm_pipeline.records import Split
+from derm_pipeline.sources.identity import archive_names
 
 Ints = npt.NDArray[np.int64]
 
@@ -39,10 +40,6 @@ _BY_STRICTNESS = (Split.TRAIN, Split.VAL, Split.TEST)
 _NONE = -1
 _IDENTITY = ["source", "image_id", "sha256", "lesion_id", "patient_id"]
 
-# Names that one archive gives out, so that they mean the same image, lesion or patient in every source. ISIC 2019 calls
-# a reduced image ISIC_0000091_downsampled and keeps the lesion_id of HAM10000 and of BCN20000.
-_SHARED = r"^(?P<name>(?:ISIC|HAM|BCN|MSK4|IL|IP)_[0-9]{4,})(?:_downsampled)?$"
-
 
 class SplitConfig(BaseModel):
     """How images are shared out; a change moves nobody who was assigned before."""
@@ -57,9 +54,8 @@ class SplitConfig(BaseModel):
     """Share of the images that figures are computed on."""
     seed: int = Field(default=0, ge=0)
     """Decides the order in which new groups are placed."""
-    stratify_by: tuple[Literal["diagnosis", "skin_type", "sex", "site"], ...] = ("diagnosis", "skin_type")
-    """What the shares hold for within each source, the first named before the next; skin_type counts as light, medium
-    or dark."""
+    stratify_by: tuple[Literal["diagnosis", "skin_tone", "sex", "site"], ...] = ("diagnosis", "skin_tone")
+    """What the shares hold for within each source, the first named before the next."""
 
     @model_validator(mode="after")
     def _fractions_sum_to_one(self) -> Self:
@@ -79,6 +75,7 @@ def assign_splits(records: pa.Table, previous: pa.Table | None, config: SplitCon
 
     Groups are the connected components over lesion and patient (within a source), digest and shared archive names
     (across sources). A group keeps the side it had in `previous`, also where the images that had it are gone by now.
+    The side that a publisher put an image on holds for its group, the strictest where there are several.
     New groups follow in an order drawn from the seed. Each goes where the squared deviations from the shares grow
     least, summed over the strata that its images are in: the source, the source's diagnosis, and so on.
 
@@ -96,7 +93,7 @@ def assign_splits(records: pa.Table, previous: pa.Table | None, config: SplitCon
     Raises:
         ValueError: an image occurs twice, or a column is missing.
     """
-    _check_columns(records, "the records", [*_IDENTITY, *config.stratify_by])
+    _check_columns(records, "the records", [*_IDENTITY, "official_split", *config.stratify_by])
     if twice := _twice(records):
         raise ValueError(f"{len(twice)} images occur more than once in the records, the first of them {twice[0]}")
     records = records.sort_by([("source", "ascending"), ("image_id", "ascending")])
@@ -104,6 +101,7 @@ def assign_splits(records: pa.Table, previous: pa.Table | None, config: SplitCon
     group = _components(nodes)
     side = np.full(group.max(initial=-1) + 1, _NONE)
     np.maximum.at(side, group, before)
+    np.maximum.at(side, group[: records.num_rows], _official(records))
     is_dead = np.zeros(len(side), bool)
     is_dead[group[is_withheld]] = True
     is_dead &= side == _NONE
@@ -117,6 +115,11 @@ def assign_splits(records: pa.Table, previous: pa.Table | None, config: SplitCon
     for row in np.flatnonzero(is_out):
         reasons[row] = _reason(before[row], side[group[row]])
     return _table(records, group, np.where(is_out, _NONE, side[group]), reasons, previous)
+
+
+def _official(records: pa.Table) -> Ints:
+    split = pc.index_in(records["official_split"], value_set=pa.array(_BY_STRICTNESS))
+    return np.asarray(split.fill_null(_NONE), np.int64)
 
 
 def _reason(before: int, side: int) -> str:
@@ -184,17 +187,13 @@ def _shared_names(rows: pa.Table) -> Iterator[tuple[str, pa.Array]]:
     yield "lesion", _scoped(rows, "lesion_id")
     yield "patient", _scoped(rows, "patient_id")
     yield "digest", rows["sha256"].combine_chunks()
-    yield "image", _archive_name(rows["image_id"])
+    yield "image", archive_names(rows["image_id"])
 
 
 def _scoped(rows: pa.Table, column: str) -> pa.Array:
     """An id made unique by its source, unless it is an archive's, which means the same everywhere."""
     ids = pc.if_else(pc.equal(rows[column], ""), None, rows[column])
-    return pc.coalesce(_archive_name(ids), pc.binary_join_element_wise(rows["source"], ids, "/")).combine_chunks()
-
-
-def _archive_name(ids: pa.ChunkedArray) -> pa.Array:
-    return pc.struct_field(pc.extract_regex(ids, pattern=_SHARED), "name").combine_chunks()
+    return pc.coalesce(archive_names(ids), pc.binary_join_element_wise(rows["source"], ids, "/")).combine_chunks()
 
 
 def _place(records: pa.Table, group: Ints, side: Ints, is_out: npt.NDArray[np.bool_], config: SplitConfig) -> None:
@@ -256,16 +255,10 @@ def _strata(records: pa.Table, config: SplitConfig) -> Iterator[Ints]:
     level, num_strata = records["source"].combine_chunks(), 0
     for column in (None, *config.stratify_by):
         if column is not None:
-            level = pc.binary_join_element_wise(level, _words(records, column).fill_null("unknown"), "/")
+            level = pc.binary_join_element_wise(level, records[column].combine_chunks().fill_null("unknown"), "/")
         codes = level.dictionary_encode()
         yield np.asarray(codes.indices, np.int64) + num_strata
         num_strata += len(codes.dictionary)
-
-
-def _words(records: pa.Table, column: str) -> pa.Array:
-    if column != "skin_type":
-        return records[column].combine_chunks()
-    return pa.array([skin_type.tone for skin_type in SkinType]).take(pc.subtract(records[column].combine_chunks(), 1))
 
 
 def _order(records: pa.Table, group: Ints, groups: Ints, seed: int) -> list[int]:
@@ -299,6 +292,60 @@ def _table(
         "withheld_reason": withheld,
     }
     return pa.table([columns[name] for name in SPLIT_SCHEMA.names], schema=SPLIT_SCHEMA)
+
+
+def light_dark_split(records: pa.Table, *, seed: int = 0, num_per_label: int = 8) -> pa.Table:
+    """The law of From Majority to Minority (arXiv:2406.18375): learn from light skin and a few dark images, test on dark.
+
+    Of every source label `num_per_label` images of skin types 5 and 6 are drawn, then as many of types 1 and 2. Train
+    is all light images but the drawn ones, and the drawn dark ones; test is the other dark ones. The paper's code leaves
+    the drawn light ones aside and picks its classifier on test; here they are val. Types 3, 4 and unknown are on no
+    side. The draw depends on the order of the source's own table (concept `row`; where there is none, of image_id):
+    on the 2,707 rows of Fitz_subset it is the paper's split to the image.
+
+    Where images of one group fall on different sides, the strictest keeps its own and the others are withheld.
+
+    Args:
+        records: rows of one or more sources, with `RECORD_SCHEMA`.
+        seed: of the draw, as pandas takes it.
+        num_per_label: images drawn of every label, once among the dark and once among the light.
+
+    Raises:
+        ValueError: a label has fewer light or dark images than are drawn.
+    """
+    records = records.sort_by([("source", "ascending"), ("image_id", "ascending")])
+    tone, drawn = _drawn_by_label(records, seed, num_per_label)
+    side = np.full(records.num_rows, _NONE)
+    side[(tone == "light") & ~drawn | (tone == "dark") & drawn] = _BY_STRICTNESS.index(Split.TRAIN)
+    side[(tone == "light") & drawn] = _BY_STRICTNESS.index(Split.VAL)
+    side[(tone == "dark") & ~drawn] = _BY_STRICTNESS.index(Split.TEST)
+    group = _components(records.select(_IDENTITY))
+    strictest = np.full(group.max(initial=-1) + 1, _NONE)
+    np.maximum.at(strictest, group, side)
+    is_looser = (side != _NONE) & (side < strictest[group])
+    reasons: list[str | None] = [None] * records.num_rows
+    for row in np.flatnonzero(side == _NONE):
+        reasons[row] = "its skin type is neither light (1, 2) nor dark (5, 6)"
+    for row in np.flatnonzero(is_looser):
+        reasons[row] = f"an image of its group is in {_BY_STRICTNESS[strictest[group[row]]]}"
+    return _table(records, group, np.where(is_looser, _NONE, side), reasons, None)
+
+
+def _drawn_by_label(records: pa.Table, seed: int, num_per_label: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Each row's coarse tone, and whether it was drawn among those of its label and tone."""
+    rows = records.select(["source_label", "skin_type", "concepts"]).to_pandas()
+    rows["tone"] = rows.skin_type.map({1: "light", 2: "light", 5: "dark", 6: "dark"}).fillna("")
+    rows["row"] = [int(dict(concepts or ()).get("row", place)) for place, concepts in enumerate(rows.concepts)]
+    rows = rows.sort_values("row", kind="stable")
+    drawn = np.zeros(len(rows), bool)
+    for tone in ("dark", "light"):
+        of_tone = rows[rows.tone == tone]
+        few = of_tone.source_label.value_counts().loc[lambda counts: counts < num_per_label]
+        if len(few):
+            label, count = few.index[0], few.iloc[0]
+            raise ValueError(f"{label!r} has {count} images of {tone} skin; the light_dark split draws {num_per_label}")
+        drawn[of_tone.groupby("source_label").sample(n=num_per_label, random_state=seed).index] = True
+    return rows.sort_index().tone.to_numpy(), drawn
 
 
 def split_problems(table: pa.Table) -> list[str]:

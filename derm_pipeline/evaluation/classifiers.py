@@ -7,12 +7,12 @@ the test split, so the last weights are the ones that count.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from derm_pipeline.images import Pixels
 from derm_pipeline.latents import orient, to_model_range
 from derm_pipeline.models.runtime import autocast, load_weights, pick_device, save_weights
-from derm_pipeline.records import Diagnosis
 from derm_pipeline.sources.base import num_cores
 from derm_pipeline.store import replacing
 
@@ -50,24 +49,25 @@ class ClassifierConfig(BaseModel):
     """AdamW's peak learning rate."""
     weight_decay: float = Field(default=0.05, ge=0)
     """AdamW's weight decay."""
-    balance: float = Field(default=0.0, ge=0, le=1)
+    balance: Annotated[float, Field(ge=0, le=1)] | Literal["repeats"] = 0.0
     """How far every arm evens out the diagnoses when it draws images: 0 as they come, 1 every diagnosis equally often,
-    as the arm oversampling always does."""
+    as the arm oversampling always does; repeats: each image as often as `repeat_factors` says."""
     label_smoothing: float = Field(default=0.05, ge=0, lt=1)
     """Part of the target that is spread over all diagnoses."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images (n, h, w, 3) uint8 and their diagnoses' class indices (n,)."""
+    """Images (n, h, w, 3) uint8, their diagnoses as class indices (n,), and how many classes there are."""
 
     images: Pixels
     diagnoses: npt.NDArray[np.int64]
+    num_classes: int
 
     def __add__(self, other: LabelledImages) -> LabelledImages:
-        return LabelledImages(
-            np.concatenate([self.images, other.images]), np.concatenate([self.diagnoses, other.diagnoses])
-        )
+        assert self.num_classes == other.num_classes
+        images = np.concatenate([self.images, other.images])
+        return LabelledImages(images, np.concatenate([self.diagnoses, other.diagnoses]), self.num_classes)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def train_classifier(
     config: ClassifierConfig,
     *,
     seed: int,
-    balance: float = 0.0,
+    balance: float | Literal["repeats"] = 0.0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SmallResNet:
     """Train one classifier; the same data, config and seed give the same weights.
@@ -139,7 +139,7 @@ def train_classifier(
     """
     device = pick_device()
     torch.manual_seed(seed)
-    model = SmallResNet(config.width, len(Diagnosis)).to(device)
+    model = SmallResNet(config.width, data.num_classes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.num_steps, pct_start=0.15)
     stream = torch.Generator().manual_seed(seed)
@@ -162,12 +162,27 @@ def train_classifier(
     return model.eval()
 
 
-def _draw_order(diagnoses: npt.NDArray[np.int64], num: int, balance: float, stream: torch.Generator) -> Tensor:
+def repeat_factors(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How often each image of a diagnosis is repeated: floor(largest count / its own), LesionGen's law; 0 of nothing."""
+    return np.where(counts > 0, counts.max(initial=0) // np.maximum(counts, 1), 0)
+
+
+def _draw_order(
+    diagnoses: npt.NDArray[np.int64], num: int, balance: float | Literal["repeats"], stream: torch.Generator
+) -> Tensor:
+    if balance == "repeats":
+        repeated = np.repeat(np.arange(len(diagnoses)), repeat_factors(np.bincount(diagnoses))[diagnoses])
+        rows = torch.from_numpy(repeated)
+        return torch.cat([rows[_shuffled(len(rows), stream)] for _ in range(-(-num // len(rows)))])[:num]
     if balance > 0:
-        weights = np.bincount(diagnoses, minlength=len(Diagnosis))[diagnoses] ** -balance
+        weights = np.bincount(diagnoses)[diagnoses] ** -balance
         return torch.multinomial(torch.from_numpy(weights), num, replacement=True, generator=stream)
     epochs = -(-num // len(diagnoses))
-    return torch.cat([torch.randperm(len(diagnoses), generator=stream) for _ in range(epochs)])[:num]
+    return torch.cat([_shuffled(len(diagnoses), stream) for _ in range(epochs)])[:num]
+
+
+def _shuffled(count: int, stream: torch.Generator) -> Tensor:
+    return torch.randperm(count, generator=stream)
 
 
 def augment(images: Tensor, stream: torch.Generator) -> Tensor:
@@ -223,7 +238,7 @@ def train_arms(
         done += 1
         if on_progress:
             on_progress(done, len(jobs), f"{arm}, seed {seed}")
-    return {(arm, seed): load_classifier(out / weights_name(arm, seed), config) for arm, seed in jobs}
+    return {(arm, seed): load_classifier(out / weights_name(arm, seed), config, real.num_classes) for arm, seed in jobs}
 
 
 def _train_missing(
@@ -264,13 +279,13 @@ def _train_arm_of_files(
 
 def _write(path: Path, data: LabelledImages) -> Path:
     with replacing(path) as aside, aside.open("wb") as handle:
-        np.savez(handle, images=data.images, diagnoses=data.diagnoses)
+        np.savez(handle, images=data.images, diagnoses=data.diagnoses, num_classes=data.num_classes)
     return path
 
 
 def _read(path: Path) -> LabelledImages:
     with np.load(path, allow_pickle=False) as arrays:
-        return LabelledImages(arrays["images"], arrays["diagnoses"])
+        return LabelledImages(arrays["images"], arrays["diagnoses"], int(arrays["num_classes"]))
 
 
 def weights_name(arm: str, seed: int) -> str:
@@ -278,10 +293,10 @@ def weights_name(arm: str, seed: int) -> str:
     return f"{arm.replace('+', '-and-')}-seed{seed}.safetensors"
 
 
-def load_classifier(path: Path, config: ClassifierConfig) -> SmallResNet:
+def load_classifier(path: Path, config: ClassifierConfig, num_classes: int) -> SmallResNet:
     """The classifier whose weights lie at `path`."""
     device = pick_device()
-    model = SmallResNet(config.width, len(Diagnosis))
+    model = SmallResNet(config.width, num_classes)
     model.load_state_dict(load_weights(path))
     return model.to(device).eval()
 
@@ -292,12 +307,12 @@ def balanced_accuracy(diagnoses: npt.NDArray[np.int64], predicted: npt.NDArray[n
     return float(np.mean(recalls))
 
 
-def agreement(prediction: Prediction, asked: npt.NDArray[np.int64]) -> Mapping[str, float]:
+def agreement(prediction: Prediction, asked: npt.NDArray[np.int64], classes: Sequence[str]) -> Mapping[str, float]:
     """How often a classifier finds the diagnosis that was asked for: overall and by diagnosis."""
     right = prediction.probabilities.argmax(1) == asked
     by_diagnosis = {
-        diagnosis.value: float(right[asked == diagnosis.class_index].mean())
-        for diagnosis in Diagnosis
-        if (asked == diagnosis.class_index).any()
+        diagnosis: float(right[asked == index].mean())
+        for index, diagnosis in enumerate(classes)
+        if (asked == index).any()
     }
     return {"all": float(right.mean())} | by_diagnosis

@@ -31,7 +31,6 @@ from derm_pipeline.evaluation.plots import (
 )
 from derm_pipeline.evaluation.report_content import ReportContent
 from derm_pipeline.evaluation.report_sections import in_words, missing, nearest_pairs, paragraph, section
-from derm_pipeline.records import Diagnosis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,6 +97,7 @@ def metric_words(metric: str) -> str:
 def agreement_section(content: ReportContent) -> Markup:
     """How often classifiers of real images find in a sample what was asked for, overall and by diagnosis."""
     rows = list(_agreement_rows(content))
+    num_diagnoses = max(1, len(content.agreement.keys() - {"all"}))
     seeds = content.num_agreement_seeds
     return section(
         "agreement",
@@ -107,7 +107,7 @@ def agreement_section(content: ReportContent) -> Markup:
             "often "
             f"it is the one that was asked for: the mean of {seeds} classifier{'s' if seeds > 1 else ''}, with "
             f"{percent(content.confidence, 0)} intervals (Wilson) over samples. By guessing: "
-            f"{percent(1 / len(Diagnosis))}. "
+            f"{percent(1 / num_diagnoses)}. "
             "Very high agreement can also mean that samples are caricatures; read it beside recall and coverage."
         ),
         dot_plot(rows, share_scale(rows), label="agreement") if rows else missing("Agreement"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -17,14 +18,13 @@ from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig
 from derm_pipeline.models.diffusion import Law
 from derm_pipeline.models.dit import DiT, DiTConfig
 from derm_pipeline.models.runtime import load_weights, save_weights
-from derm_pipeline.records import Diagnosis, SkinType
+from derm_pipeline.records import SkinType
 from derm_pipeline.store import write_json
 
-CLASSES: dict[str, tuple[str, ...]] = {
-    "diagnosis": tuple(diagnosis.value for diagnosis in Diagnosis),
-    "skin_type": tuple(str(skin_type.value) for skin_type in SkinType),
-}
-"""Every condition that a generator may be told, and its classes in order; the null class follows them."""
+Classes = Mapping[str, tuple[str, ...]]
+"""Every condition that a generator is told, and its classes in order; the null class follows them."""
+
+SKIN_TYPES = tuple(str(skin_type.value) for skin_type in SkinType)
 
 
 class GeneratorSpec(BaseModel):
@@ -34,6 +34,8 @@ class GeneratorSpec(BaseModel):
 
     network: DiTConfig
     law: Law
+    classes: dict[str, tuple[str, ...]]
+    """Of each condition of the network; the diagnoses are those of the training set."""
     latent_mean: tuple[float, ...]
     """Mean of each latent channel over the training set."""
     latent_std: tuple[float, ...]
@@ -59,18 +61,18 @@ class GeneratorSpec(BaseModel):
         return torch.tensor(values, device=like.device, dtype=torch.float32).view(1, -1, 1, 1)
 
 
-def class_index(condition: str, value: str | int | None) -> int:
+def class_index(classes: Classes, condition: str, value: str | int | None) -> int:
     """The class index of a condition's value; the null class for None.
 
     Raises:
         ValueError: an unknown value, with the known ones.
     """
-    classes = CLASSES[condition]
+    known = classes[condition]
     if value is None:
-        return len(classes)
-    if str(value) not in classes:
-        raise ValueError(f"{condition} {value!r} is not one of {', '.join(classes)}")
-    return classes.index(str(value))
+        return len(known)
+    if str(value) not in known:
+        raise ValueError(f"{condition} {value!r} is not one of {', '.join(known)}")
+    return known.index(str(value))
 
 
 def load_network(folder: Path, device: torch.device, *, averaged: bool = True) -> tuple[GeneratorSpec, DiT]:

@@ -15,7 +15,7 @@ from derm_pipeline.latents import latent_statistics, orient, to_model_range
 from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_loss
 from derm_pipeline.models.diffusion import Law, RectifiedFlow
 from derm_pipeline.models.dit import DiT, DiTConfig
-from derm_pipeline.models.generator import CLASSES, GeneratorSpec
+from derm_pipeline.models.generator import Classes, GeneratorSpec
 from derm_pipeline.models.runtime import autocast, pick_device
 from derm_pipeline.training.loop import Trained, TrainingConfig, train
 
@@ -99,7 +99,8 @@ def psnr_db(a: Tensor, b: Tensor) -> float:
 
 def train_generator(
     moments: Tensor,
-    classes: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    classes: Classes,
     config: GeneratorTraining,
     *,
     work: Path,
@@ -109,7 +110,9 @@ def train_generator(
 
     Args:
         moments: (n, orientations, 2 c, h, w), mean and log-variance; kept on the device.
-        classes: of each of `config.conditions`, the class index (n,) of every row; the null class where unknown.
+        labels: of the diagnosis and each of `config.conditions`, the class index (n,) of every row; the null class
+            where unknown.
+        classes: of each condition, in order.
         config: network, law, budget.
         work: folder of the checkpoint.
         on_progress: see `loop.train`.
@@ -126,18 +129,19 @@ def train_generator(
             heads=config.heads,
             qk_norm=config.qk_norm,
             condition_init_std=config.condition_init_std,
-            conditions={name: len(CLASSES[name]) for name in config.conditions},
+            conditions={name: len(classes[name]) for name in config.conditions},
             learn_sigma=config.law.kind == "ddpm" and config.law.learned_variance,
         ),
         law=config.law,
+        classes={name: classes[name] for name in config.conditions},
         latent_mean=tuple(statistics["mean"]),
         latent_std=tuple(statistics["std"]),
     )
     torch.manual_seed(config.training.seed)
     model = DiT(spec.network).to(device)
     moments = moments.to(device)
-    chances = example_chances(classes["diagnosis"], config.balance).cumsum(0)
-    labels = {name: classes[name].to(device) for name in config.conditions}
+    chances = example_chances(labels["diagnosis"], config.balance).cumsum(0)
+    told_labels = {name: labels[name].to(device) for name in config.conditions}
     size = config.training.batch_size
 
     def step_loss(step: int, stream: torch.Generator) -> Tensor:
@@ -147,7 +151,8 @@ def train_generator(
         latents = spec.whiten(draw_latents(moments[chosen, orientation], stream))
         hidden = (torch.rand(size, generator=stream) < config.condition_dropout).to(device)
         told = {
-            name: torch.where(hidden, spec.network.conditions[name], labels[name][chosen]) for name in config.conditions
+            name: torch.where(hidden, spec.network.conditions[name], told_labels[name][chosen])
+            for name in config.conditions
         }
         return config.law.training_loss(lambda x, time: model(x, time, told), latents, stream).mean()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from derm_pipeline.defs.stages.generator import EVALUATION_SET, METADATA, TRAINING_SET, pixel_inputs, squares
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.records import Diagnosis, Split
+from derm_pipeline.records import Split, canonical
 from derm_pipeline.store import Artifact, Build, Request
 
 if TYPE_CHECKING:
@@ -42,9 +42,10 @@ def sample_images(dataset: Artifact) -> tuple[pa.Table, Pixels]:
     return metadata, np.stack([read_image(dataset.path(name)) for name in metadata["file_name"].to_pylist()])
 
 
-def class_indices(table: pa.Table) -> np.ndarray:
+def class_indices(table: pa.Table, classes: Sequence[str]) -> np.ndarray:
     """The diagnoses of a table as class indices (n,)."""
-    return np.array([Diagnosis(value).class_index for value in table["diagnosis"].to_pylist()], dtype=np.int64)
+    place = {diagnosis: index for index, diagnosis in enumerate(classes)}
+    return np.array([place[value] for value in table["diagnosis"].to_pylist()], dtype=np.int64)
 
 
 def classifiers(workspace: Workspace, name: str, on_progress: OnProgress | None = None) -> Artifact:
@@ -66,21 +67,22 @@ def classifiers(workspace: Workspace, name: str, on_progress: OnProgress | None 
         from derm_pipeline.store import replacing
 
         train, held_out = used["training_set"].table(TRAINING_SET), used["evaluation_set"].table(EVALUATION_SET)
+        classes = canonical(train["diagnosis"].to_pylist())
         metadata, samples = sample_images(used["synthetic_dataset"])
-        real = LabelledImages(squares(workspace, recipe, train), class_indices(train))
+        real = LabelledImages(squares(workspace, recipe, train), class_indices(train, classes), len(classes))
         held_out_images = squares(workspace, recipe, held_out)
         models = train_arms(
             real,
-            LabelledImages(samples, class_indices(metadata)),
+            LabelledImages(samples, class_indices(metadata, classes), len(classes)),
             recipe.classifiers,
             out=build.path("weights/-").parent,
             work=build.work,
             on_progress=on_progress,
         )
         found = {which: predict(model, held_out_images) for which, model in models.items()}
-        build.write_table(PREDICTIONS, _predictions_table(held_out, found))
+        build.write_table(PREDICTIONS, _predictions_table(held_out, found, classes))
         judged = {seed: predict(model, samples) for (arm, seed), model in models.items() if arm == "real"}
-        build.write_table(SAMPLE_PREDICTIONS, _sample_table(metadata, judged))
+        build.write_table(SAMPLE_PREDICTIONS, _sample_table(metadata, judged, classes))
         extractor = models["real", 0]
         features = {
             "train": predict(extractor, real.images).features[:, None],
@@ -89,7 +91,7 @@ def classifiers(workspace: Workspace, name: str, on_progress: OnProgress | None 
         }
         with replacing(build.path(FEATURES)) as aside:
             save_file(features, aside)
-        build.counts.update(_classifier_figures(held_out, found, metadata, judged))
+        build.counts.update(_classifier_figures(held_out, found, metadata, judged, classes))
 
     return store.obtain(request, make)
 
@@ -103,7 +105,9 @@ def _oriented_features(model: SmallResNet, images: Pixels) -> np.ndarray:
     return np.stack([predict(model, np.ascontiguousarray(batch)).features for batch in turned], axis=1)
 
 
-def _predictions_table(held_out: pa.Table, found: dict[tuple[str, int], Prediction]) -> pa.Table:
+def _predictions_table(
+    held_out: pa.Table, found: dict[tuple[str, int], Prediction], classes: Sequence[str]
+) -> pa.Table:
     from derm_pipeline.evaluation.groups import demographics
 
     facts = pa.Table.from_pandas(demographics(held_out), preserve_index=False)
@@ -112,40 +116,45 @@ def _predictions_table(held_out: pa.Table, found: dict[tuple[str, int], Predicti
     for (arm, seed), prediction in found.items():
         part = facts.append_column("arm", pa.array([arm] * facts.num_rows))
         part = part.append_column("seed", pa.array([seed] * facts.num_rows, pa.int32()))
-        parts.append(_with_prediction(part, prediction))
+        parts.append(_with_prediction(part, prediction, classes))
     return pa.concat_tables(parts)
 
 
-def _sample_table(metadata: pa.Table, judged: dict[int, Prediction]) -> pa.Table:
+def _sample_table(metadata: pa.Table, judged: dict[int, Prediction], classes: Sequence[str]) -> pa.Table:
     facts = metadata.select(["sample_id", "diagnosis", "skin_type"])
     parts = [
-        _with_prediction(facts.append_column("seed", pa.array([seed] * facts.num_rows, pa.int32())), prediction)
+        _with_prediction(
+            facts.append_column("seed", pa.array([seed] * facts.num_rows, pa.int32())), prediction, classes
+        )
         for seed, prediction in judged.items()
     ]
     return pa.concat_tables(parts)
 
 
-def _with_prediction(table: pa.Table, prediction: Prediction) -> pa.Table:
-    codes = [diagnosis.value for diagnosis in Diagnosis]
-    predicted = [codes[index] for index in prediction.probabilities.argmax(1)]
+def _with_prediction(table: pa.Table, prediction: Prediction, classes: Sequence[str]) -> pa.Table:
+    predicted = [classes[index] for index in prediction.probabilities.argmax(1)]
     table = table.append_column("predicted", pa.array(predicted, pa.string()))
-    for index, code in enumerate(codes):
+    for index, code in enumerate(classes):
         table = table.append_column(f"p_{code}", pa.array(prediction.probabilities[:, index], pa.float32()))
     return table
 
 
 def _classifier_figures(
-    held_out: pa.Table, found: dict[tuple[str, int], Prediction], metadata: pa.Table, judged: dict[int, Prediction]
+    held_out: pa.Table,
+    found: dict[tuple[str, int], Prediction],
+    metadata: pa.Table,
+    judged: dict[int, Prediction],
+    classes: Sequence[str],
 ) -> dict[str, Any]:
     from derm_pipeline.evaluation.classifiers import agreement, balanced_accuracy
 
     is_test = np.array(held_out["split"].to_pylist()) == Split.TEST.value
-    truth, asked = class_indices(held_out)[is_test], class_indices(metadata)
+    truth, asked = class_indices(held_out, classes)[is_test], class_indices(metadata, classes)
     by_arm: dict[str, list[float]] = {}
     for (arm, _), prediction in found.items():
         predicted = prediction.probabilities.argmax(1)[is_test]
         by_arm.setdefault(arm, []).append(balanced_accuracy(truth, predicted))
-    agreements = [agreement(prediction, asked) for prediction in judged.values()]
+    agreements = [agreement(prediction, asked, classes) for prediction in judged.values()]
     return {
         "num_test": int(is_test.sum()),
         "num_seeds": len(judged),

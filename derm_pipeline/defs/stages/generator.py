@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, RECORDS, SPLITS, decode_mask, image_files
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.records import Diagnosis, SkinType, Split
+from derm_pipeline.records import Diagnosis, SkinType, Split, canonical
 from derm_pipeline.sources import SOURCES
+from derm_pipeline.splits import light_dark_split
 from derm_pipeline.store import Artifact, Build, Reference, Request
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from derm_pipeline.generation import Cell
     from derm_pipeline.images import Pixels
     from derm_pipeline.latents import ImageFile, LatentConfig, Restore
+    from derm_pipeline.models.generator import Classes
     from derm_pipeline.recipes.model import Recipe
+    from derm_pipeline.training.training_set import Selection
 
 TRAINING_SET, EVALUATION_SET = "training_set.parquet", "evaluation_set.parquet"
 LOSSES = "losses.parquet"
@@ -44,43 +47,50 @@ OnStep = Callable[[int, int, float], None]
 
 def training_set(workspace: Workspace, name: str) -> Artifact:
     """The rows, captions and classes that the recipe's generator may see: train split only."""
-    from derm_pipeline.training.training_set import diagnosis_counts, select_training_set
+    from derm_pipeline.training.training_set import diagnosis_counts, with_captions
 
     recipe, store = workspace.recipe(name), workspace.store
-    asset = "metadata_captions" if recipe.training_set.caption == "metadata" else "visual_captions"
+    style = recipe.training_set.caption
+    asset, column = ("visual_captions", "text") if style == "visual" else ("metadata_captions", style)
     captions = {source: store.current(asset, source) for source in recipe.sources}
     inputs = _inputs_by_source(workspace, recipe, "records") | {
         f"{asset}/{source}": artifact.reference for source, artifact in captions.items()
     }
     inputs["splits"] = store.current("splits").reference
-    settings = {"training_set": recipe.training_set.model_dump(mode="json"), "sources": list(recipe.sources)}
+    settings = _selection_settings(recipe) | {"caption": style}
     request = Request("training_set", name, inputs, settings, CODE_VERSIONS["training_set"])
 
     def make(build: Build) -> None:
-        texts = pa.concat_tables(
-            artifact.table(CAPTIONS, ["source", "image_id", "text"]) for artifact in captions.values()
-        )
-        rows = select_training_set(_records_of(workspace, recipe), store.current("splits").table(SPLITS), texts)
+        names = ["source", "image_id", column]
+        texts = pa.concat_tables(artifact.table(CAPTIONS, names) for artifact in captions.values())
+        selected = rows_of(workspace, recipe, Split.TRAIN)
+        rows = with_captions(selected.rows, texts.rename_columns(["source", "image_id", "text"]))
         build.write_table(TRAINING_SET, rows)
-        build.counts.update(num_images=rows.num_rows, diagnoses=diagnosis_counts(rows))
+        build.counts.update(
+            num_images=rows.num_rows,
+            diagnoses=diagnosis_counts(rows),
+            left_out=dict(selected.left_out),
+            joined=dict(selected.joined),
+        )
 
     return store.obtain(request, make)
 
 
 def evaluation_set(workspace: Workspace, name: str) -> Artifact:
     """The held-out rows of the recipe's sources: what it is judged on, and no stage of the generator reads."""
-    from derm_pipeline.training.training_set import diagnosis_counts, split_rows
+    from derm_pipeline.training.training_set import diagnosis_counts
 
     recipe, store = workspace.recipe(name), workspace.store
     inputs = _inputs_by_source(workspace, recipe, "records")
     inputs["splits"] = store.current("splits").reference
-    request = Request(
-        "evaluation_set", name, inputs, {"sources": list(recipe.sources)}, CODE_VERSIONS["evaluation_set"]
-    )
+    request = Request("evaluation_set", name, inputs, _selection_settings(recipe), CODE_VERSIONS["evaluation_set"])
 
     def make(build: Build) -> None:
-        records, splits = _records_of(workspace, recipe), store.current("splits").table(SPLITS)
-        parts = {split: split_rows(records, splits, split) for split in (Split.VAL, Split.TEST)}
+        learnt = recipe.training_set.diagnoses or canonical(
+            rows_of(workspace, recipe, Split.TRAIN).rows["diagnosis"].to_pylist()
+        )
+        found = {split: rows_of(workspace, recipe, split, learnt) for split in (Split.VAL, Split.TEST)}
+        parts = {split: selection.rows for split, selection in found.items()}
         empty = [split.value for split, rows in parts.items() if rows.num_rows == 0]
         if empty:
             raise ValueError(f"no image of {', '.join(recipe.sources)} is in the split {empty[0]}: add lesions")
@@ -93,6 +103,7 @@ def evaluation_set(workspace: Workspace, name: str) -> Artifact:
             num_val=parts[Split.VAL].num_rows,
             num_test=parts[Split.TEST].num_rows,
             test_diagnoses=diagnosis_counts(parts[Split.TEST]),
+            left_out={split.value: dict(selection.left_out) for split, selection in found.items()},
         )
 
     return store.obtain(request, make)
@@ -100,6 +111,30 @@ def evaluation_set(workspace: Workspace, name: str) -> Artifact:
 
 def _inputs_by_source(workspace: Workspace, recipe: Recipe, asset: str) -> dict[str, Reference]:
     return {f"{asset}/{source}": workspace.store.current(asset, source).reference for source in recipe.sources}
+
+
+def _selection_settings(recipe: Recipe) -> dict[str, object]:
+    config = recipe.training_set.model_dump(mode="json", include={"split", "diagnoses"})
+    return {"training_set": config, "sources": list(recipe.sources)}
+
+
+def rows_of(
+    workspace: Workspace, recipe: Recipe, split: Split, diagnoses: Sequence[Diagnosis] | None = None
+) -> Selection:
+    """The images of one split that the recipe uses; of these diagnoses, where some are given."""
+    from derm_pipeline.training.training_set import select_rows
+
+    config = recipe.training_set
+    if diagnoses is not None:
+        config = config.model_copy(update={"diagnoses": tuple(diagnoses)})
+    return select_rows(_records_of(workspace, recipe), splits_of(workspace, recipe), split, config)
+
+
+def splits_of(workspace: Workspace, recipe: Recipe) -> pa.Table:
+    """Which side every image of the recipe's sources is on, by the law that the recipe names."""
+    if recipe.training_set.split == "light_dark":
+        return light_dark_split(_records_of(workspace, recipe))
+    return workspace.store.current("splits").table(SPLITS)
 
 
 def _records_of(workspace: Workspace, recipe: Recipe) -> pa.Table:
@@ -251,15 +286,22 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
 
     def make(build: Build) -> None:
         from derm_pipeline.latents import load_moments
+        from derm_pipeline.models.generator import SKIN_TYPES
         from derm_pipeline.models.runtime import save_weights
         from derm_pipeline.training.objectives import train_generator
 
         table = rows.table(TRAINING_SET)
+        classes = {"diagnosis": canonical(table["diagnosis"].to_pylist()), "skin_type": SKIN_TYPES}
         digests, tensors = load_moments(moments.directory)
         if digests != table["sha256"].to_pylist():
             raise ValueError(f"the latents of {name} are not those of its training set: materialise latents again")
         spec, model, trained = train_generator(
-            tensors, _classes(table, recipe), recipe.generator, work=build.work, on_progress=on_step
+            tensors,
+            _labels(table, classes, recipe),
+            classes,
+            recipe.generator,
+            work=build.work,
+            on_progress=on_step,
         )
         spec.save(build.directory)
         save_weights(build.path("weights.safetensors"), model.state_dict())
@@ -276,14 +318,14 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
     return store.obtain(request, make)
 
 
-def _classes(table: pa.Table, recipe: Recipe) -> dict[str, Tensor]:
+def _labels(table: pa.Table, classes: Classes, recipe: Recipe) -> dict[str, Tensor]:
     """The class indices of every row, by condition."""
     import torch
 
     from derm_pipeline.models.generator import class_index
 
     return {
-        condition: torch.tensor([class_index(condition, value) for value in table[condition].to_pylist()])
+        condition: torch.tensor([class_index(classes, condition, value) for value in table[condition].to_pylist()])
         for condition in {"diagnosis", *recipe.generator.conditions}
     }
 
@@ -325,7 +367,7 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
         asked = [request.diagnosis.value for request in requests]
         build.counts.update(
             num_samples=len(requests),
-            diagnoses={diagnosis.value: asked.count(diagnosis.value) for diagnosis in Diagnosis},
+            diagnoses={diagnosis.value: asked.count(diagnosis.value) for diagnosis in canonical(asked)},
         )
 
     return store.obtain(request, make)

@@ -13,7 +13,7 @@ from derm_pipeline.defs.stages.generator import EVALUATION_SET, LOSSES, TRAINING
 from derm_pipeline.defs.stages.summary import reconstructed
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.images import Pixels, decode, read_bytes, to_square
-from derm_pipeline.records import Diagnosis, Split
+from derm_pipeline.records import Diagnosis, Split, canonical
 from derm_pipeline.sources import SOURCES
 from derm_pipeline.store import WHOLE, Artifact, Build, Node, Request, StoreError
 
@@ -124,7 +124,7 @@ def _split_counts(train: pa.Table, held_out: pa.Table) -> dict[str, dict[str, in
     for split, diagnosis in zip(held_out["split"].to_pylist(), held_out["diagnosis"].to_pylist(), strict=True):
         diagnoses[split].append(diagnosis)
     return {
-        split: {diagnosis.value: values.count(diagnosis.value) for diagnosis in Diagnosis}
+        split: {diagnosis.value: values.count(diagnosis.value) for diagnosis in canonical(diagnoses["train"])}
         for split, values in diagnoses.items()
     }
 
@@ -163,7 +163,7 @@ def _caption_examples(
             for image_id, text in zip(table["image_id"].to_pylist(), table["text"].to_pylist(), strict=True):
                 texts.setdefault(asset, {})[source, image_id] = text
     examples = []
-    for diagnosis in Diagnosis:
+    for diagnosis in canonical(train["diagnosis"].to_pylist()):
         rows = train.filter(pa.array([value == diagnosis.value for value in train["diagnosis"].to_pylist()]))
         for row, file in zip(_evenly(rows, 1).to_pylist(), image_files(workspace, _evenly(rows, 1)), strict=True):
             identity = row["source"], row["image_id"]
@@ -180,7 +180,7 @@ def comparison(
     from derm_pipeline.evaluation.report_content import ComparisonRow
 
     rows = []
-    for diagnosis in Diagnosis:
+    for diagnosis in canonical(train["diagnosis"].to_pylist()):
         real = _evenly(_of(train, diagnosis), count)
         chosen = _evenly(_of(metadata.append_column("place", pa.array(range(len(samples)))), diagnosis), count)
         if real.num_rows and chosen.num_rows:
