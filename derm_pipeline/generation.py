@@ -76,15 +76,16 @@ class SampleRequest:
         return f"images/{self.number:06d}.png"
 
 
-def plan_samples(config: SamplingConfig, train_counts: Mapping[Cell, int]) -> list[SampleRequest]:
-    """The samples to draw, in order, given how many training images each cell has: of the diagnoses that it has.
+def plan_samples(
+    config: SamplingConfig, diagnoses: Sequence[Diagnosis], train_counts: Mapping[Cell, int]
+) -> list[SampleRequest]:
+    """The samples of these diagnoses to draw, in order, given how many training images each cell has.
 
     balanced spreads `num_samples` evenly over the diagnoses and, within each, over the skin types. fill gives every
     cell a part in proportion to what it lacks of the fullest cell that is asked for; where none lacks anything, it is
     balanced. Without skin types to ask for, a diagnosis' images of every skin type count together.
     """
     skin_types: tuple[SkinType | None, ...] = config.skin_types or (None,)
-    diagnoses = canonical(diagnosis for diagnosis, _ in train_counts)
     cells: list[Cell] = [(diagnosis, skin_type) for diagnosis in diagnoses for skin_type in skin_types]
     lacking = dict.fromkeys(cells, 1.0)
     if config.plan == "fill":

@@ -295,12 +295,12 @@ def _table(
 
 
 def light_dark_split(records: pa.Table, *, seed: int = 0, num_per_label: int = 8) -> pa.Table:
-    """The law of From Majority to Minority (arXiv:2406.18375): learn from light skin and a few dark images, test on dark.
+    """From Majority to Minority's law (arXiv:2406.18375): learn from light skin and a few dark images, test on dark.
 
     Of every source label `num_per_label` images of skin types 5 and 6 are drawn, then as many of types 1 and 2. Train
-    is all light images but the drawn ones, and the drawn dark ones; test is the other dark ones. The paper's code leaves
-    the drawn light ones aside and picks its classifier on test; here they are val. Types 3, 4 and unknown are on no
-    side. The draw depends on the order of the source's own table (concept `row`; where there is none, of image_id):
+    is all light images but the drawn ones, and the drawn dark ones; test is the other dark ones. The paper's code
+    leaves the drawn light ones aside and picks its classifier on test; here they are val. Types 3, 4 and unknown are
+    on no side. The draw depends on the order of the source's own table (concept `row`; else that of image_id):
     on the 2,707 rows of Fitz_subset it is the paper's split to the image.
 
     Where images of one group fall on different sides, the strictest keeps its own and the others are withheld.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from derm_pipeline.records import RECORD_SCHEMA, Diagnosis, Split
-from derm_pipeline.splits import SPLIT_SCHEMA, SplitConfig, assign_splits, split_problems
+from derm_pipeline.records import RECORD_SCHEMA, Diagnosis, SkinTone, Split
+from derm_pipeline.splits import SPLIT_SCHEMA, SplitConfig, assign_splits, light_dark_split, split_problems
 
 CONFIG = SplitConfig()
 
@@ -24,6 +25,7 @@ def image(number: int, **known) -> dict:
         "size_bytes": 1,
         "width_px": 1,
         "height_px": 1,
+        "modality": "dermoscopic",
         "diagnosis": "nv",
         "source_label": "nv",
         "malignant": False,
@@ -48,8 +50,8 @@ def some_images(rng: np.random.Generator, number: int, sources: tuple[str, ...] 
             "sha256": f"digest {rng.integers(number * 6)}",
             "lesion_id": f"{patient}-{rng.integers(3)}" if rng.random() < 0.8 else None,
             "patient_id": f"{patient}" if rng.random() < 0.6 else None,
-            "diagnosis": str(rng.choice(list(Diagnosis), p=[0.05, 0.05, 0.1, 0.05, 0.1, 0.6, 0.05])),
-            "skin_type": int(rng.integers(1, 7)) if rng.random() < 0.8 else None,
+            "diagnosis": str(rng.choice(list(Diagnosis)[:7], p=[0.05, 0.05, 0.1, 0.05, 0.1, 0.6, 0.05])),
+            "skin_tone": str(rng.choice(list(SkinTone))) if rng.random() < 0.8 else None,
         }
         rows.append(image(index, **known))
     return list({(row["source"], row["image_id"]): row for row in rows}.values())
@@ -139,18 +141,18 @@ def test_the_shares_hold_for_every_diagnosis_and_tone():
         image(
             index,
             lesion_id=f"{index // 2}" if index < 1500 else None,
-            diagnosis=str(rng.choice(list(Diagnosis), p=[0.05, 0.05, 0.1, 0.02, 0.1, 0.6, 0.08])),
-            skin_type=int(rng.choice([1, 2, 3, 4, 5, 6], p=[0.2, 0.3, 0.2, 0.15, 0.1, 0.05])),
+            diagnosis=str(rng.choice(list(Diagnosis)[:7], p=[0.05, 0.05, 0.1, 0.02, 0.1, 0.6, 0.08])),
+            skin_tone=str(rng.choice(list(SkinTone), p=[0.5, 0.35, 0.15])),
         )
         for index in range(3000)
     ]
     splits = by_image(
         assign_splits(table(rows), None, SplitConfig(train_fraction=0.5, val_fraction=0.2, test_fraction=0.3))
     )
-    for stratum in (("source",), ("diagnosis",), ("diagnosis", "skin_type")):
+    for stratum in (("source",), ("diagnosis",), ("diagnosis", "skin_tone")):
         counts = defaultdict(Counter)
         for row in rows:
-            tone = "" if "skin_type" not in stratum else (row["skin_type"] - 1) // 2
+            tone = "" if "skin_tone" not in stratum else row["skin_tone"]
             counts[row[stratum[0]], tone][splits[row["source"], row["image_id"]]] += 1
         for of_stratum in counts.values():
             total = sum(of_stratum.values())
@@ -300,3 +302,86 @@ def test_bad_input_is_an_error():
         assign_splits(table([image(0)]), previous, CONFIG)
     with pytest.raises(ValidationError, match=r"sum to 0\.9"):
         SplitConfig(train_fraction=0.5, val_fraction=0.1, test_fraction=0.3)
+
+
+def test_official_test_images_stay_test_and_take_their_group_with_them():
+    rng = np.random.default_rng()
+    rows = some_images(rng, 300)
+    for row in rows:
+        row["official_split"] = str(rng.choice(list(Split))) if rng.random() < 0.2 else None
+    splits = assign_splits(table(rows), None, CONFIG)
+    sides = by_image(splits)
+    assert split_problems(splits) == []
+    official = {(row["source"], row["image_id"]): row["official_split"] for row in rows}
+    for members in components(rows):
+        named = {official[member] for member in members} - {None}
+        if named:
+            strictest = max(named, key=list(Split).index)
+            assert {sides[member] for member in members} == {strictest}
+
+
+def test_an_official_test_image_that_joins_a_training_lesion_takes_it_out_of_training():
+    before = assign_splits(
+        table([image(0, lesion_id="one")]), None, SplitConfig(train_fraction=1, val_fraction=0, test_fraction=0)
+    )
+    rows = table([image(0, lesion_id="one"), image(1, lesion_id="one", official_split="test")])
+    splits = assign_splits(rows, before, CONFIG)
+    assert by_image(splits) == {("a", "x0"): None, ("a", "x1"): "test"}
+    assert "join" in splits["withheld_reason"][0].as_py()
+
+
+def light_and_dark(rng: np.random.Generator, number: int) -> list[dict]:
+    return [
+        image(
+            index,
+            source_label=str(rng.choice(["psoriasis", "folliculitis"])),
+            skin_type=int(rng.integers(1, 7)) if rng.random() < 0.9 else None,
+            concepts=[("row", str(number - index))],
+        )
+        for index in range(number)
+    ]
+
+
+def test_the_light_dark_law_learns_from_light_skin_and_a_few_dark_images_and_tests_on_dark():
+    rows = light_and_dark(np.random.default_rng(), 400)
+    splits = light_dark_split(table(rows))
+    assert split_problems(splits) == []
+    counts = Counter()
+    for row, found in zip(sorted(rows, key=lambda row: row["image_id"]), splits.to_pylist(), strict=True):
+        tone = {1: "light", 2: "light", 5: "dark", 6: "dark"}.get(row["skin_type"])
+        counts[row["source_label"], tone, found["split"]] += 1
+        assert (found["split"] is None) == (tone is None) == (found["withheld_reason"] is not None)
+    for label in ("psoriasis", "folliculitis"):
+        assert counts[label, "dark", "train"] == counts[label, "light", "val"] == 8
+        assert counts[label, "light", "test"] == counts[label, "dark", "val"] == 0
+        assert counts[label, "dark", "test"] > 0
+
+
+def test_the_light_dark_draw_is_pandas_own_in_the_order_of_the_table():
+    rows = light_and_dark(np.random.default_rng(), 300)
+    frame = pd.DataFrame(rows).sort_values("concepts", key=lambda column: column.map(lambda pairs: int(pairs[0][1])))
+    dark = frame[frame.skin_type.isin([5, 6])]
+    drawn = set(dark.groupby("source_label").sample(n=8, random_state=0).image_id)
+    in_train = {
+        image_id for (_, image_id), split in by_image(light_dark_split(table(rows))).items() if split == "train"
+    }
+    assert in_train & set(dark.image_id) == drawn
+
+
+def test_the_light_dark_law_lets_no_duplicate_leak():
+    rows = light_and_dark(np.random.default_rng(), 300)
+    sides = by_image(light_dark_split(table(rows)))
+    train, test = (next(key[1] for key, split in sides.items() if split == side) for side in ("train", "test"))
+    for row in rows:
+        if row["image_id"] in (train, test):
+            row["sha256"] = "the same bytes"
+    splits = light_dark_split(table(rows))
+    assert split_problems(splits) == []
+    assert by_image(splits)["a", train] is None
+    assert by_image(splits)["a", test] == "test"
+
+
+def test_too_few_images_of_a_tone_are_said_with_the_label():
+    rows = [image(index, source_label="rare", skin_type=5) for index in range(3)]
+    with pytest.raises(ValueError, match="'rare' has 3 images of dark skin; the light_dark split draws 8"):
+        light_dark_split(table(rows))

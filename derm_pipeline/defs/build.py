@@ -16,13 +16,12 @@ def build_defs(workspace: Workspace | None = None, show: Show | None = None) -> 
         workspace: where everything lies.
         show: how progress is shown; None for the run's log.
     """
-    from derm_pipeline.defs.assets.data import ASSETS
-    from derm_pipeline.defs.assets.recipes import recipe_assets
+    from derm_pipeline.defs.assets import assets_of
     from derm_pipeline.defs.jobs import recipe_job
 
     workspace = workspace or default_workspace()
     return dg.Definitions(
-        assets=[*ASSETS, *recipe_assets(workspace)],
+        assets=list(assets_of(workspace).values()),
         jobs=[recipe_job(name, workspace) for name in sorted(workspace.recipe_files)],
         resources={"workspace": workspace_resource(workspace), "shower": Shower(show)},
     )

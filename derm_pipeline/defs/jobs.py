@@ -5,15 +5,13 @@ each of which materialises its assets in runs of their own, with the right parti
 """
 
 # No `from __future__ import annotations`: dagster reads the annotations of resources at run time.
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 from dagster._core.definitions.observe import observe  # not exported at the top level yet
 from dagster._core.errors import DagsterAssetCheckFailedError, DagsterExecutionInterruptedError
 
-from derm_pipeline.defs.assets import data
-from derm_pipeline.defs.assets.recipes import recipe_assets
-from derm_pipeline.defs.assets.shared import Asset
+from derm_pipeline.defs.assets import assets_of
 from derm_pipeline.defs.instance import living_process
 from derm_pipeline.defs.progress import Progress, Show
 from derm_pipeline.defs.resources import Shower, workspace_resource
@@ -21,6 +19,7 @@ from derm_pipeline.defs.stages.data import prepare_source
 from derm_pipeline.defs.workspace import Workspace
 
 RECIPE_TAG = "derm/recipe"
+_OF_A_SOURCE = ("records", "hair", "metadata_captions", "visual_captions")
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 Materialised = tuple[str, str, dict[str, dg.MetadataValue]]
@@ -39,6 +38,7 @@ class RecipeRun:
     ) -> None:
         self.recipe, self.workspace, self.instance, self.show = recipe, workspace, instance, show
         self.sources = workspace.sources_of(recipe)
+        self.assets = assets_of(workspace)
 
     def materialise_sources(self) -> Iterator[Materialised]:
         """Observe the raw files and materialise every asset of the recipe's sources, one run a source."""
@@ -46,25 +46,24 @@ class RecipeRun:
             count = Progress(self.show, "raw_images").count if self.show else None
             prepare_source(self.workspace, source, count)
         resources = self._resources()
-        observe([data.raw_images], instance=self.instance, resources=resources, run_config=_QUIET)
-        of_a_source = [asset for asset in data.ASSETS if asset not in (data.raw_images, data.splits)]
+        observe([self.assets["raw_images"]], instance=self.instance, resources=resources, run_config=_QUIET)
         for source in self.sources:
-            yield from self._materialise(data.ASSETS, of_a_source, source)
+            yield from self._materialise(_OF_A_SOURCE, source)
 
     def materialise_stages(self) -> Iterator[Materialised]:
         """Materialise the splits, every asset of the recipe, and the leaderboard, in one run."""
-        assets = recipe_assets(self.workspace)
-        yield from self._materialise([*data.ASSETS, *assets], [data.splits, *assets], self.recipe)
+        names = [name for name in self.assets if name not in ("raw_images", *_OF_A_SOURCE)]
+        yield from self._materialise(names, self.recipe)
 
     def _resources(self) -> dict[str, object]:
         return {"workspace": workspace_resource(self.workspace), "shower": Shower(self.show)}
 
-    def _materialise(self, everything: list[Asset], selection: list[Asset], partition: str) -> Iterator[Materialised]:
+    def _materialise(self, names: Sequence[str], partition: str) -> Iterator[Materialised]:
         with living_process(self.instance, self.workspace.data) as tags:
             try:
                 result = dg.materialize(
-                    everything,
-                    selection=selection,
+                    list(self.assets.values()),
+                    selection=[self.assets[name] for name in names],
                     partition_key=partition,
                     instance=self.instance,
                     resources=self._resources(),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dagster as dg
 
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.sources import SOURCES
 
-sources = dg.StaticPartitionsDefinition(list(SOURCES))
+
+def sources(workspace: Workspace) -> dg.StaticPartitionsDefinition:
+    """One partition a source."""
+    return dg.StaticPartitionsDefinition(list(workspace.sources))
 
 
 def recipes(workspace: Workspace) -> dg.StaticPartitionsDefinition:
@@ -17,7 +19,7 @@ def recipes(workspace: Workspace) -> dg.StaticPartitionsDefinition:
 
 def sources_to_recipes(workspace: Workspace) -> dg.StaticPartitionMapping:
     """A source is upstream of the recipes that name it."""
-    downstream: dict[str, list[str]] = {source: [] for source in SOURCES}
+    downstream: dict[str, list[str]] = {source: [] for source in workspace.sources}
     for recipe in workspace.recipe_files:
         for source in workspace.sources_of(recipe):
             if source in downstream:

@@ -1,4 +1,4 @@
-"""Where everything lies for one set of definitions: raw files, recipes, the store. Knows no dagster."""
+"""Where everything lies for one set of definitions: sources, recipes, the store. Knows no dagster."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from derm_pipeline.recipes import load_recipe, recipe_files, recipe_sources
+from derm_pipeline.sources import SOURCES, Source
 from derm_pipeline.store import Store
 
 if TYPE_CHECKING:
     from derm_pipeline.recipes.model import Recipe
+    from derm_pipeline.sources.own import OwnSource
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder of data (store, own recipes) and a folder of raw sources."""
+    """A folder of data (store, own recipes, own sources) and a folder of raw sources."""
 
     data: Path
     raw: Path
@@ -33,12 +35,26 @@ class Workspace:
 
     def recipe(self, name: str) -> Recipe:
         """The recipe, checked."""
-        return load_recipe(name, self.recipe_files)
+        return load_recipe(name, self.recipe_files, self.sources)
 
     def sources_of(self, recipe: str) -> list[str]:
         """The sources that a recipe names."""
         return recipe_sources(recipe, self.recipe_files)
 
+    @cached_property
+    def _own_sources(self) -> Mapping[str, OwnSource]:
+        from derm_pipeline.sources.own import own_sources
+
+        if not (self.data / "sources.yaml").exists():
+            return {}
+        return own_sources(self.data / "sources.yaml", SOURCES)
+
+    @cached_property
+    def sources(self) -> Mapping[str, Source]:
+        """Every source by its name: the shipped ones, then the user's own (`sources.yaml` in the data folder)."""
+        return {**SOURCES, **{name: own.source for name, own in self._own_sources.items()}}
+
     def source_folder(self, source: str) -> Path:
         """Where a source's files lie as they were published."""
-        return self.raw / source
+        own = self._own_sources.get(source)
+        return self.data / own.path if own and own.path else self.raw / source

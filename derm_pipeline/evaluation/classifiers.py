@@ -163,7 +163,7 @@ def train_classifier(
 
 
 def repeat_factors(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How often each image of a diagnosis is repeated: floor(largest count / its own), LesionGen's law; 0 of nothing."""
+    """How often each image of a diagnosis is repeated: floor(largest count / its own), as LesionGen does."""
     return np.where(counts > 0, counts.max(initial=0) // np.maximum(counts, 1), 0)
 
 

@@ -16,14 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from derm_pipeline.evaluation.bootstrap import Estimates, Figure, effective_size, estimate, expected_minimum, interval
 from derm_pipeline.evaluation.predictions import OVERALL, Predictions, group_figures, overall_figures, read_predictions
-from derm_pipeline.records import SkinType
 
 if TYPE_CHECKING:
     import pandas as pd
-    import pyarrow as pa
-
-AGE_BANDS = ((0, 29, "0-29"), (30, 49, "30-49"), (50, 69, "50-69"), (70, 200, "70+"))
-"""First and last year, and name."""
 
 
 class GroupConfig(BaseModel):
@@ -39,6 +34,7 @@ class GroupConfig(BaseModel):
         ("sex",),
         ("age_band",),
         ("site",),
+        ("ethnicity",),
     )
     """Each axis is the columns whose combinations are its groups. Axes whose columns are missing are left out."""
     min_group_size: int = Field(default=30, ge=1)
@@ -321,60 +317,3 @@ def _left_out(data: Predictions, config: GroupConfig) -> pd.DataFrame:
         unknown = int(data.images[list(axis)].isna().any(axis=1).sum())
         rows.append({"axis": " x ".join(axis), "n": len(data.images), "n_left_out": unknown})
     return pd.DataFrame(rows, columns=["axis", "n", "n_left_out"])
-
-
-def age_band(age_years: float | None) -> str | None:
-    """The band of an age in years: 0-29, 30-49, 50-69 or 70+; None where it is unknown (None or NaN).
-
-    Raises:
-        ValueError: an age below 0 or above 200.
-    """
-    if age_years is None or np.isnan(age_years):
-        return None
-    for first, last, name in AGE_BANDS:
-        if first <= age_years < last + 1:
-            return name
-    raise ValueError(f"age {age_years}: 0 to 200 years are known")
-
-
-def demographics(records: pa.Table | pd.DataFrame) -> pd.DataFrame:
-    """The columns that make groups, a row a record, in the records' order; unknown is None.
-
-    Returns:
-        source, image_id, lesion_id (else the patient, else the image itself, so that it can cluster), patient_id (else
-        the lesion_id), diagnosis, malignant, skin_tone (light, medium, dark), sex, age_band, site.
-    """
-    import pandas as pd
-
-    columns = ["source", "image_id", "lesion_id", "patient_id", "diagnosis", "malignant"]
-    columns += ["skin_type", "sex", "age_years", "site"]
-    table = records[columns] if isinstance(records, pd.DataFrame) else records.select(columns).to_pandas()
-    table = table.astype(object).where(table.notna(), None)
-    lesion = table.lesion_id.fillna(table.patient_id).fillna(table.image_id)
-    return pd.DataFrame(
-        {
-            "source": table.source,
-            "image_id": table.image_id,
-            "lesion_id": table.source + "/" + lesion,
-            "patient_id": table.source + "/" + table.patient_id.fillna(lesion),
-            "diagnosis": table.diagnosis,
-            "malignant": table.malignant.astype(bool),
-            "skin_tone": _mapped(table.skin_type, lambda value: SkinType(int(value)).tone),
-            "sex": table.sex,
-            "age_band": _mapped(table.age_years, age_band),
-            "site": table.site,
-        }
-    )
-
-
-def _mapped(column: pd.Series, change: Any) -> pd.Series:
-    import pandas as pd
-
-    return pd.Series([None if value is None else change(value) for value in column], index=column.index, dtype=object)
-
-
-def unknown_counts(
-    table: pd.DataFrame, columns: Sequence[str] = ("skin_tone", "sex", "age_band", "site")
-) -> dict[str, int]:
-    """How many rows leave each of these columns unknown."""
-    return {column: int(table[column].isna().sum()) for column in columns if column in table}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +76,8 @@ def recipe_sources(name: str, files: Mapping[str, Path]) -> list[str]:
     return sources
 
 
-def load_recipe(name: str, files: Mapping[str, Path]) -> Recipe:
-    """The recipe, checked.
+def load_recipe(name: str, files: Mapping[str, Path], sources: Collection[str] | None = None) -> Recipe:
+    """The recipe, checked; `sources` are the names that it may use, the shipped ones where they are left out.
 
     Raises:
         RecipeError: naming the file, the key and what is allowed there.
@@ -88,7 +88,7 @@ def load_recipe(name: str, files: Mapping[str, Path]) -> Recipe:
 
     settings = read_recipe(name, files)
     try:
-        return Recipe.model_validate({"name": name, **settings})
+        return Recipe.model_validate({"name": name, **settings}, context={"sources": sources})
     except ValidationError as error:
         raise RecipeError(explain(error, files[name])) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from derm_pipeline.evaluation.classifiers import ClassifierConfig
 from derm_pipeline.evaluation.fidelity import FidelityConfig
@@ -42,10 +42,14 @@ class Recipe(BaseModel):
 
     @field_validator("sources")
     @classmethod
-    def _known_sources(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [source for source in sources if source not in SOURCES]
+    def _known_sources(cls, sources: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        known = (info.context or {}).get("sources") or SOURCES
+        unknown = [source for source in sources if source not in known]
         if unknown:
-            raise ValueError(f"unknown source {unknown[0]!r}; there are {', '.join(SOURCES)}")
+            raise ValueError(f"unknown source {unknown[0]!r}; there are {', '.join(known)}")
+        twice = sorted({source for source in sources if sources.count(source) > 1})
+        if twice:
+            raise ValueError(f"the source {twice[0]} is named more than once")
         return sources
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ class TrainingSetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     split: Literal["groups", "light_dark"] = "groups"
-    """groups: the assignment of all sources, whole groups at a time; light_dark: learn from light skin, test on dark."""
+    """groups: that of all sources, whole groups at a time; light_dark: learn from light skin, test on dark."""
     diagnoses: tuple[Diagnosis, ...] | None = Field(default=None, min_length=1)
     """What is learnt and judged; None for every diagnosis that the training images have."""
     caption: CaptionStyle | Literal["visual"] = "rich"

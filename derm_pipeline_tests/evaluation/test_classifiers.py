@@ -16,13 +16,15 @@ from derm_pipeline.evaluation.classifiers import (
     balanced_accuracy,
     load_classifier,
     predict,
+    repeat_factors,
     train_arms,
     train_classifier,
     weights_name,
 )
 from derm_pipeline.records import Diagnosis
 
-MEL, NV = Diagnosis.MEL.class_index, Diagnosis.NV.class_index
+CLASSES = [diagnosis.value for diagnosis in tuple(Diagnosis)[:7]]
+MEL, NV = CLASSES.index("mel"), CLASSES.index("nv")
 
 
 def config(**changes):
@@ -37,7 +39,7 @@ def two_colours(num, share=0.5):
     images = rng.integers(60, 140, (num, 16, 16, 3))
     images[diagnoses == MEL, ..., 0] += 80
     images[diagnoses == NV, ..., 2] += 80
-    return LabelledImages(images.astype(np.uint8), diagnoses)
+    return LabelledImages(images.astype(np.uint8), diagnoses, len(CLASSES))
 
 
 def states(models):
@@ -53,7 +55,7 @@ def test_an_easy_problem_is_learned():
     model = train_classifier(data, config(num_steps=60), seed=3)
     found = predict(model, unseen.images)
     assert balanced_accuracy(unseen.diagnoses, found.probabilities.argmax(1)) > 0.95
-    assert found.probabilities.shape == (100, len(Diagnosis))
+    assert found.probabilities.shape == (100, len(CLASSES))
     assert found.features.shape == (100, 32)
     assert np.allclose(found.probabilities.sum(1), 1, atol=1e-5)
 
@@ -80,6 +82,28 @@ def test_balancing_draws_the_rare_diagnosis_as_often(monkeypatch):
         shares.append(float((drawn[:, 0] > drawn[:, 2]).float().mean()))
     assert shares[0] == pytest.approx((data.diagnoses == MEL).mean(), abs=0.04)
     assert shares[1] == pytest.approx(0.5, abs=0.1)
+
+
+def test_repeats_follow_lesiongens_law_on_the_counts_of_ham10000():
+    counts = np.array([6705, 1113, 1099, 514, 327, 142, 115])
+    repeats = repeat_factors(counts)
+    assert repeats.tolist() == [1, 6, 6, 13, 20, 47, 58]
+    assert int((counts * repeats).sum()) == 46_543
+
+
+def test_repeated_images_come_as_often_as_the_law_says(monkeypatch):
+    from derm_pipeline.evaluation import classifiers
+
+    diagnoses = np.random.default_rng().permutation(np.repeat([MEL, NV], [3, 30]))
+    images = np.broadcast_to(np.arange(33, dtype=np.uint8)[:, None, None, None], (33, 8, 8, 3)).copy()
+    seen = []
+    measured = classifiers.to_model_range
+    monkeypatch.setattr(classifiers, "to_model_range", lambda images: seen.append(images) or measured(images))
+    settings = config(num_steps=6, batch_size=10)
+    train_classifier(LabelledImages(images, diagnoses, len(CLASSES)), settings, seed=0, balance="repeats")
+    drawn = torch.cat(seen)[:, 0, 0, 0].numpy()
+    assert len(drawn) == 60 == 3 * 10 + 30
+    assert np.bincount(drawn, minlength=33).tolist() == np.where(diagnoses == MEL, 10, 1).tolist()
 
 
 def test_arms_are_trained_on_what_they_are_called():
@@ -126,14 +150,14 @@ def test_agreement_counts_what_was_asked_for():
     rng = np.random.default_rng()
     asked = rng.integers(0, 5, 60)
     probabilities = rng.dirichlet(np.ones(7), 60).astype(np.float32)
-    found = agreement(Prediction(probabilities, probabilities), asked)
+    found = agreement(Prediction(probabilities, probabilities), asked, CLASSES)
     right = [int(row.argmax()) == want for row, want in zip(probabilities, asked, strict=True)]
     assert found["all"] == pytest.approx(sum(right) / 60)
-    assert set(found) == {"all"} | {d.value for d in Diagnosis if d.class_index in asked}
-    for diagnosis in Diagnosis:
-        of_it = [ok for ok, want in zip(right, asked, strict=True) if want == diagnosis.class_index]
+    assert set(found) == {"all"} | {CLASSES[index] for index in asked}
+    for index, diagnosis in enumerate(CLASSES):
+        of_it = [ok for ok, want in zip(right, asked, strict=True) if want == index]
         if of_it:
-            assert found[diagnosis.value] == pytest.approx(sum(of_it) / len(of_it))
+            assert found[diagnosis] == pytest.approx(sum(of_it) / len(of_it))
 
 
 @pytest.mark.slow
@@ -156,5 +180,5 @@ def test_arms_are_trained_apart_and_finished_ones_are_kept(tmp_path):
     assert told == [(4, 4)]
     assert (out / kept).stat().st_mtime_ns == time_ns
     assert all(equal(trained[which], weights) for which, weights in states(again).items())
-    loaded = load_classifier(out / kept, settings).state_dict()
+    loaded = load_classifier(out / kept, settings, len(CLASSES)).state_dict()
     assert equal(loaded, trained["real", 0])

@@ -98,6 +98,9 @@ def test_latents_are_drawn_with_the_moments_given():
     assert (latents.std(0) / std - 1).abs().max() < 0.05
 
 
+CLASSES = {"diagnosis": ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"), "skin_type": tuple("123456")}
+
+
 def two_kinds(num=96):
     """Moments (num, 2, 8, 4, 4) of latents that are -1 or +1 throughout, by diagnosis; hardly any noise."""
     diagnoses = torch.arange(num) % 2 * 5  # akiec and nv
@@ -115,8 +118,8 @@ def generator(num_steps, law=None, **changes):
 
 @pytest.mark.parametrize("law", [RectifiedFlow(), DDPM()], ids=["flow", "ddpm"])
 def test_the_generator_learns_and_tells_the_diagnoses_apart(tmp_path, law):
-    moments, classes = two_kinds()
-    spec, model, trained = train_generator(moments, classes, generator(120, law), work=tmp_path)
+    moments, labels = two_kinds()
+    spec, model, trained = train_generator(moments, labels, CLASSES, generator(120, law), work=tmp_path)
     assert np.mean(trained.losses[-20:]) < 0.7 * np.mean(trained.losses[:10])
     assert spec.latent_mean == pytest.approx((0.0,) * 4, abs=1e-3)
     assert spec.latent_std == pytest.approx((1.0,) * 4, rel=1e-2)
@@ -133,20 +136,20 @@ def test_the_generator_learns_and_tells_the_diagnoses_apart(tmp_path, law):
 
 
 def test_the_same_seed_gives_the_same_generator_and_another_seed_another(tmp_path):
-    moments, classes = two_kinds(16)
+    moments, labels = two_kinds(16)
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         config = generator(3)
         config = config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
-        weights.append(train_generator(moments, classes, config, work=tmp_path / name)[1].state_dict())
+        weights.append(train_generator(moments, labels, CLASSES, config, work=tmp_path / name)[1].state_dict())
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     assert any(not torch.equal(weight, weights[2][name]) for name, weight in weights[0].items())
 
 
 def test_a_generator_is_told_only_what_its_recipe_names(tmp_path):
-    moments, classes = two_kinds(16)
-    spec, model, _ = train_generator(moments, classes, generator(2, conditions=("diagnosis",)), work=tmp_path)
-    assert set(spec.network.conditions) == {"diagnosis"}
+    moments, labels = two_kinds(16)
+    spec, model, _ = train_generator(moments, labels, CLASSES, generator(2, conditions=("diagnosis",)), work=tmp_path)
+    assert set(spec.network.conditions) == set(spec.classes) == {"diagnosis"}
     with torch.no_grad():
         assert (
             model(torch.randn(2, 4, 4, 4), torch.tensor([1.0, 999.0]), {"diagnosis": torch.tensor([0, 7])})

@@ -8,10 +8,11 @@ import pytest
 
 from derm_pipeline.records import Diagnosis, Split
 from derm_pipeline.training.training_set import (
+    TrainingSetConfig,
     diagnosis_counts,
-    select_training_set,
-    split_rows,
+    select_rows,
     training_set_problems,
+    with_captions,
 )
 
 
@@ -26,6 +27,7 @@ def some_rows(num=200):
             "patient_id": None,
             "diagnosis": random.choice(list(Diagnosis)).value,
             "duplicate_of": None,
+            "text": None,
         }
         for number in range(num)
     ]
@@ -48,7 +50,7 @@ def test_every_split_gets_its_own_rows_in_order():
     records, splits = some_rows()
     wanted = {(row["source"], row["image_id"]): row["split"] for row in splits.to_pylist()}
     for split in Split:
-        found = split_rows(records, splits, split)
+        found = select_rows(records, splits, split).rows
         assert identities(found) == sorted(key for key, value in wanted.items() if value == split.value)
         assert found.schema == records.schema
 
@@ -58,36 +60,79 @@ def test_a_second_record_of_the_same_bytes_is_left_out():
     splits = with_column(splits, "split", ["train"] * splits.num_rows)
     marks = [None, *random.choices([None, "i0_0"], k=records.num_rows - 1)]
     records = with_column(records, "duplicate_of", marks)
-    assert split_rows(records, splits, Split.TRAIN).num_rows == marks.count(None)
+    found = select_rows(records, splits, Split.TRAIN)
+    assert found.rows.num_rows == marks.count(None)
+    assert found.left_out["double"] == found.joined["digest"] == len(marks) - marks.count(None)
+
+
+def joined_rows(**second):
+    """An image of source a and one of source b, both in train."""
+    first = {"source": "a", "image_id": "ISIC_0000091", "sha256": "1" * 64, "diagnosis": "nv"}
+    other = {"source": "b", "image_id": "x", "sha256": "2" * 64, "diagnosis": "nv"} | second
+    schema = pa.schema([pa.field(n, pa.string()) for n in (*first, "lesion_id", "patient_id", "duplicate_of")])
+    rows = pa.Table.from_pylist([first, other], schema)
+    return rows, rows.append_column("split", pa.array(["train", "train"]))
+
+
+def test_an_image_that_two_sources_hold_is_used_once_and_counted():
+    apart = select_rows(*joined_rows(), Split.TRAIN)
+    assert apart.rows.num_rows == 2
+    assert apart.joined == {"archive_id": 0, "digest": 0, "other_diagnosis": 0}
+    by_id = select_rows(*joined_rows(image_id="ISIC_0000091_downsampled", diagnosis="scc"), Split.TRAIN)
+    assert identities(by_id.rows) == [("a", "ISIC_0000091")]
+    assert by_id.joined == {"archive_id": 1, "digest": 0, "other_diagnosis": 1}
+    by_bytes = select_rows(*joined_rows(sha256="1" * 64), Split.TRAIN)
+    assert identities(by_bytes.rows) == [("a", "ISIC_0000091")]
+    assert by_bytes.joined == {"archive_id": 0, "digest": 1, "other_diagnosis": 0}
+
+
+def test_the_source_that_the_recipe_names_first_gives_the_image():
+    records, splits = joined_rows(sha256="1" * 64)
+    assert identities(select_rows(records.take([1, 0]), splits, Split.TRAIN).rows) == [("b", "x")]
+
+
+def test_images_without_a_diagnosis_or_with_another_are_left_out_and_counted():
+    records, splits = some_rows()
+    splits = with_column(splits, "split", ["train"] * splits.num_rows)
+    diagnoses = random.choices([None, "mel", "nv", "psoriasis"], k=records.num_rows)
+    records = with_column(records, "diagnosis", diagnoses)
+    everything = select_rows(records, splits, Split.TRAIN)
+    assert everything.left_out == {"no diagnosis": diagnoses.count(None), "another diagnosis": 0, "double": 0}
+    config = TrainingSetConfig(diagnoses=("mel", "psoriasis"))
+    some = select_rows(records, splits, Split.TRAIN, config)
+    assert some.rows.num_rows == diagnoses.count("mel") + diagnoses.count("psoriasis")
+    assert some.left_out["another diagnosis"] == diagnoses.count("nv")
 
 
 def test_captions_go_with_their_own_image():
     records, splits = some_rows()
     captions = [{"source": s, "image_id": i, "text": f"caption of {s}/{i}"} for s, i in identities(records)]
     random.shuffle(captions)
-    found = select_training_set(records, splits, pa.Table.from_pylist(captions))
+    found = with_captions(select_rows(records, splits, Split.TRAIN).rows, pa.Table.from_pylist(captions))
     assert found.num_rows > 0
     assert found["text"].to_pylist() == [f"caption of {s}/{i}" for s, i in identities(found)]
 
 
 def test_an_image_without_a_caption_is_named():
     records, splits = some_rows()
-    first = identities(split_rows(records, splits, Split.TRAIN))[0]
+    first = identities(select_rows(records, splits, Split.TRAIN).rows)[0]
     captions = [{"source": s, "image_id": i, "text": "x"} for s, i in identities(records) if (s, i) != first]
     with pytest.raises(ValueError, match=f"1 images have no caption .first: {'/'.join(first)}"):
-        select_training_set(records, splits, pa.Table.from_pylist(captions))
+        with_captions(select_rows(records, splits, Split.TRAIN).rows, pa.Table.from_pylist(captions))
 
 
 def test_no_image_at_all_is_an_error():
     records, splits = some_rows(3)
     held_out = with_column(splits, "split", ["test"] * 3)
     with pytest.raises(ValueError, match="train split"):
-        select_training_set(records, held_out, pa.table({"source": [], "image_id": [], "text": []}))
+        with_captions(
+            select_rows(records, held_out, Split.TRAIN).rows, pa.table({"source": [], "image_id": [], "text": []})
+        )
 
 
-def leak(**held_out):
+def leak(seen_id="i1", **held_out):
     schema = pa.schema([pa.field(n, pa.string()) for n in ("source", "image_id", "sha256", "lesion_id", "patient_id")])
-    seen = {"source": "a", "image_id": "i1", "sha256": "f" * 64, "lesion_id": "l1", "patient_id": None}
+    seen = {"source": "a", "image_id": seen_id, "sha256": "f" * 64, "lesion_id": "l1", "patient_id": None}
     other = {"source": "a", "image_id": "i2", "sha256": "e" * 64, "lesion_id": "l2", "patient_id": None} | held_out
     splits = pa.Table.from_pylist([seen, {name: other[name] for name in seen}], schema)
     splits = splits.append_column("split", pa.array(["train", other.get("split", "test")], pa.string()))
@@ -100,11 +145,13 @@ def test_every_kind_of_leak_is_named_and_nothing_else():
     assert leak(lesion_id="l1", split="val") == leak(lesion_id="l1")
     assert leak(lesion_id="l1", split="train") == leak(lesion_id="l1", split=None) == []
     assert leak(lesion_id="l1", source="b") == []  # another source's lesion of the same name
+    archived = leak(image_id="ISIC_0000091_downsampled", source="b", seen_id="ISIC_0000091")
+    assert archived == ["image_id ISIC_0000091 is in the training set and held out"]
     assert leak(sha256="f" * 64, source="b") == [f"sha256 {'f' * 64} is in the training set and held out"]
 
 
-def test_diagnoses_are_counted_with_those_that_do_not_occur():
+def test_diagnoses_are_counted_in_the_canonical_order():
     records, _ = some_rows(20)
     counts = diagnosis_counts(records)
-    assert list(counts) == [diagnosis.value for diagnosis in Diagnosis]
-    assert {name: count for name, count in counts.items() if count} == Counter(records["diagnosis"].to_pylist())
+    assert list(counts) == sorted(counts, key=list(Diagnosis).index)
+    assert counts == Counter(records["diagnosis"].to_pylist())

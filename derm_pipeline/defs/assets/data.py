@@ -15,7 +15,6 @@ from derm_pipeline.defs.resources import Shower
 from derm_pipeline.defs.stages import data as stages
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.images import Pixels, decode, read_bytes, to_square
-from derm_pipeline.sources import SOURCES
 from derm_pipeline.splits import split_problems
 from derm_pipeline.store import Artifact
 
@@ -25,137 +24,142 @@ _THUMBNAIL_PX = 96
 warnings.filterwarnings("ignore", message="Function `observable_source_asset`")
 
 
-@dg.observable_source_asset(
-    partitions_def=partitions.sources,
-    group_name="1_sources",
-    description="The publisher's files as they lie; a cheap fingerprint (names, sizes, times) is the data version.",
-)
-def raw_images(context: dg.OpExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.DataVersionsByPartition:
-    """The publisher's files as they lie."""
-    versions = {}
-    for source in SOURCES:
-        try:
-            versions[source] = stages.raw_reference(workspace, source).content_digest
-        except FileNotFoundError:
-            context.log.info(f"{source}: no files in {workspace.source_folder(source)}")
-    return dg.DataVersionsByPartition(versions)
+def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph, read top to bottom
+    """The assets that are partitioned by source, and the splits of all of them."""
+    by_source = partitions.sources(workspace)
 
+    @dg.observable_source_asset(
+        partitions_def=by_source,
+        group_name="1_sources",
+        description="The publisher's files as they lie; a cheap fingerprint (names, sizes, times) is the data version.",
+    )
+    def raw_images(
+        context: dg.OpExecutionContext, workspace: dg.ResourceParam[Workspace]
+    ) -> dg.DataVersionsByPartition:
+        """The publisher's files as they lie."""
+        versions = {}
+        for source in workspace.sources:
+            try:
+                versions[source] = stages.raw_reference(workspace, source).content_digest
+            except FileNotFoundError:
+                context.log.info(f"{source}: no files in {workspace.source_folder(source)}")
+            except ValueError as error:  # one unreadable source must not hide the others
+                context.log.warning(f"{source}: {error}")
+        return dg.DataVersionsByPartition(versions)
 
-@dg.asset(
-    partitions_def=partitions.sources,
-    deps=[raw_images],
-    group_name="1_sources",
-    kinds={"parquet"},
-    owners=OWNERS,
-    code_version=stages.CODE_VERSIONS["records"],
-    check_specs=[
-        dg.AssetCheckSpec("every_image_has_one_row", asset="records", blocking=True),
-        dg.AssetCheckSpec("no_file_is_quarantined", asset="records"),
-    ],
-)
-def records(
-    context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
-) -> dg.MaterializeResult:
-    """One typed row an image; bad files and rows are quarantined with the reason."""
-    artifact = stages.records(workspace, context.partition_key, progress(context, shower).count)
-    rows, quarantined = artifact.table(stages.RECORDS), artifact.table(stages.QUARANTINED)
-    image_ids = rows["image_id"].to_pylist()
-    twice = sorted({image for image in image_ids if image_ids.count(image) > 1}) if _has_twice(image_ids) else []
-    return materialised(
-        artifact,
-        picture=_some_images(workspace, rows),
-        tables={"quarantined": quarantined.slice(0, 20).to_pylist()},
-        checks=[
-            check("every_image_has_one_row", [f"{image} has several" for image in twice], blocking=True),
-            check(
-                "no_file_is_quarantined",
-                [f"{row['image_id'] or row['file']}: {row['reason']}" for row in quarantined.to_pylist()],
-                blocking=False,
-            ),
+    @dg.asset(
+        partitions_def=by_source,
+        deps=[raw_images],
+        group_name="1_sources",
+        kinds={"parquet"},
+        owners=OWNERS,
+        code_version=stages.CODE_VERSIONS["records"],
+        check_specs=[
+            dg.AssetCheckSpec("every_image_has_one_row", asset="records", blocking=True),
+            dg.AssetCheckSpec("no_file_is_quarantined", asset="records"),
         ],
     )
+    def records(
+        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
+    ) -> dg.MaterializeResult:
+        """One typed row an image; bad files and rows are quarantined with the reason."""
+        artifact = stages.records(workspace, context.partition_key, progress(context, shower).count)
+        rows, quarantined = artifact.table(stages.RECORDS), artifact.table(stages.QUARANTINED)
+        image_ids = rows["image_id"].to_pylist()
+        twice = sorted({image for image in image_ids if image_ids.count(image) > 1}) if _has_twice(image_ids) else []
+        return materialised(
+            artifact,
+            picture=_some_images(workspace, rows),
+            tables={"quarantined": quarantined.slice(0, 20).to_pylist()},
+            checks=[
+                check("every_image_has_one_row", [f"{image} has several" for image in twice], blocking=True),
+                check(
+                    "no_file_is_quarantined",
+                    [f"{row['image_id'] or row['file']}: {row['reason']}" for row in quarantined.to_pylist()],
+                    blocking=False,
+                ),
+            ],
+        )
+
+    @dg.asset(
+        partitions_def=by_source,
+        deps=[records],
+        group_name="1_sources",
+        kinds={"opencv"},
+        owners=OWNERS,
+        code_version=stages.CODE_VERSIONS["hair"],
+    )
+    def hair(
+        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
+    ) -> dg.MaterializeResult:
+        """Mask, coverage, score and flag of every image."""
+        artifact = stages.hair(workspace, context.partition_key, progress(context, shower).count)
+        rows = workspace.store.current("records", context.partition_key).table(stages.RECORDS)
+        return materialised(artifact, picture=_overlays(workspace, rows, artifact))
+
+    @dg.asset(
+        partitions_def=by_source,
+        deps=[records, hair],
+        group_name="2_captions",
+        kinds={"python"},
+        owners=OWNERS,
+        code_version=stages.CODE_VERSIONS["metadata_captions"],
+        check_specs=[dg.AssetCheckSpec("captions_name_no_unknown", asset="metadata_captions", blocking=True)],
+    )
+    def metadata_captions(
+        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]
+    ) -> dg.MaterializeResult:
+        """A caption of each record's known fields, with hair as a clause."""
+        artifact = stages.metadata_captions_of(workspace, context.partition_key)
+        rows = artifact.table(stages.CAPTIONS)
+        named = [f"{row['image_id']}: {row['text']}" for row in rows.to_pylist() if names_unknown(row["text"])]
+        return materialised(
+            artifact,
+            tables={"examples": _examples(rows)},
+            checks=[check("captions_name_no_unknown", named, blocking=True)],
+        )
+
+    @dg.asset(
+        partitions_def=by_source,
+        deps=[records, hair],
+        group_name="2_captions",
+        kinds={"opencv"},
+        owners=OWNERS,
+        code_version=stages.CODE_VERSIONS["visual_captions"],
+        check_specs=[dg.AssetCheckSpec("every_image_is_described", asset="visual_captions", blocking=True)],
+    )
+    def visual_captions(
+        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
+    ) -> dg.MaterializeResult:
+        """A caption of what is visible in each image, measured."""
+        artifact = stages.visual_captions(workspace, context.partition_key, progress(context, shower).count)
+        rows = artifact.table(stages.CAPTIONS)
+        silent = [row["image_id"] for row in rows.select(["image_id", "text"]).to_pylist() if not row["text"].strip()]
+        return materialised(
+            artifact,
+            tables={"examples": _examples(rows)},
+            checks=[check("every_image_is_described", [f"{image} has no words" for image in silent], blocking=True)],
+        )
+
+    @dg.asset(
+        deps=[records],
+        group_name="3_splits",
+        kinds={"parquet"},
+        owners=OWNERS,
+        code_version=stages.CODE_VERSIONS["splits"],
+        check_specs=[dg.AssetCheckSpec("no_lesion_in_two_splits", asset="splits", blocking=True)],
+    )
+    def splits(workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
+        """Every lesion, patient and duplicate of every source in one split, and in the same as before."""
+        artifact = stages.splits(workspace)
+        problems = split_problems(artifact.table(stages.SPLITS))
+        return materialised(artifact, checks=[check("no_lesion_in_two_splits", problems, blocking=True)])
+
+    return [raw_images, records, hair, metadata_captions, visual_captions, splits]
 
 
 def _has_twice(values: list[str]) -> bool:
     return len(set(values)) < len(values)
-
-
-@dg.asset(
-    partitions_def=partitions.sources,
-    deps=[records],
-    group_name="1_sources",
-    kinds={"opencv"},
-    owners=OWNERS,
-    code_version=stages.CODE_VERSIONS["hair"],
-)
-def hair(
-    context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
-) -> dg.MaterializeResult:
-    """Mask, coverage, score and flag of every image."""
-    artifact = stages.hair(workspace, context.partition_key, progress(context, shower).count)
-    rows = workspace.store.current("records", context.partition_key).table(stages.RECORDS)
-    return materialised(artifact, picture=_overlays(workspace, rows, artifact))
-
-
-@dg.asset(
-    partitions_def=partitions.sources,
-    deps=[records, hair],
-    group_name="2_captions",
-    kinds={"python"},
-    owners=OWNERS,
-    code_version=stages.CODE_VERSIONS["metadata_captions"],
-    check_specs=[dg.AssetCheckSpec("captions_name_no_unknown", asset="metadata_captions", blocking=True)],
-)
-def metadata_captions(
-    context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]
-) -> dg.MaterializeResult:
-    """A caption of each record's known fields, with hair as a clause."""
-    artifact = stages.metadata_captions_of(workspace, context.partition_key)
-    rows = artifact.table(stages.CAPTIONS)
-    named = [f"{row['image_id']}: {row['text']}" for row in rows.to_pylist() if names_unknown(row["text"])]
-    return materialised(
-        artifact,
-        tables={"examples": _examples(rows)},
-        checks=[check("captions_name_no_unknown", named, blocking=True)],
-    )
-
-
-@dg.asset(
-    partitions_def=partitions.sources,
-    deps=[records, hair],
-    group_name="2_captions",
-    kinds={"opencv"},
-    owners=OWNERS,
-    code_version=stages.CODE_VERSIONS["visual_captions"],
-    check_specs=[dg.AssetCheckSpec("every_image_is_described", asset="visual_captions", blocking=True)],
-)
-def visual_captions(
-    context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
-) -> dg.MaterializeResult:
-    """A caption of what is visible in each image, measured."""
-    artifact = stages.visual_captions(workspace, context.partition_key, progress(context, shower).count)
-    rows = artifact.table(stages.CAPTIONS)
-    silent = [row["image_id"] for row in rows.select(["image_id", "text"]).to_pylist() if not row["text"].strip()]
-    return materialised(
-        artifact,
-        tables={"examples": _examples(rows)},
-        checks=[check("every_image_is_described", [f"{image} has no words" for image in silent], blocking=True)],
-    )
-
-
-@dg.asset(
-    deps=[records],
-    group_name="3_splits",
-    kinds={"parquet"},
-    owners=OWNERS,
-    code_version=stages.CODE_VERSIONS["splits"],
-    check_specs=[dg.AssetCheckSpec("no_lesion_in_two_splits", asset="splits", blocking=True)],
-)
-def splits(workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
-    """Every lesion, patient and duplicate of every source in one split, and in the same as before."""
-    artifact = stages.splits(workspace)
-    problems = split_problems(artifact.table(stages.SPLITS))
-    return materialised(artifact, checks=[check("no_lesion_in_two_splits", problems, blocking=True)])
 
 
 def _examples(rows: pa.Table, count: int = 8) -> list[dict[str, str]]:
@@ -185,6 +189,3 @@ def _overlays(workspace: Workspace, rows: pa.Table, artifact: Artifact) -> Pixel
         image[stages.decode_mask(masks[file.sha256])] = (0, 255, 0)
         pictures.append(to_square(image, _THUMBNAIL_PX))
     return thumbnail(np.stack(pictures), columns=7, rows=2)
-
-
-ASSETS: list[Asset] = [raw_images, records, hair, metadata_captions, visual_captions, splits]

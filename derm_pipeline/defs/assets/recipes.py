@@ -1,11 +1,12 @@
 """Assets of a recipe, from its training set to its report; and the leaderboard of all recipes."""
 
 # No `from __future__ import annotations`: dagster reads the annotations of resources at run time.
+from collections.abc import Mapping
+
 import dagster as dg
 
 from derm_pipeline.defs import partitions
-from derm_pipeline.defs.assets import data
-from derm_pipeline.defs.assets.shared import GPU_POOL, OWNERS, progress
+from derm_pipeline.defs.assets.shared import GPU_POOL, OWNERS, Asset, progress
 from derm_pipeline.defs.reporting import check, materialised, thumbnail
 from derm_pipeline.defs.resources import Shower
 from derm_pipeline.defs.stages import evaluation, generator, reports, summary
@@ -15,22 +16,22 @@ MIN_AGREEMENT = 0.5
 """Below this agreement a generator does not draw what it is asked for; far above chance (1 in 7), far below good."""
 
 
-def recipe_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:  # noqa: C901  one graph, read top to bottom
-    """The assets that are partitioned by recipe, and the leaderboard."""
+def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list[dg.AssetsDefinition]:  # noqa: C901  one graph, read top to bottom
+    """The assets that are partitioned by recipe, and the leaderboard; `of_sources` are those upstream, by name."""
     recipes = partitions.recipes(workspace)
     by_source = partitions.sources_to_recipes(workspace)
 
-    def of_source(asset: dg.AssetsDefinition) -> dg.AssetDep:
-        return dg.AssetDep(asset, partition_mapping=by_source)
+    def of_source(name: str) -> dg.AssetDep:
+        return dg.AssetDep(of_sources[name], partition_mapping=by_source)
 
     @dg.asset(
         partitions_def=recipes,
         deps=[
-            of_source(data.records),
-            of_source(data.hair),
-            of_source(data.metadata_captions),
-            of_source(data.visual_captions),
-            data.splits,
+            of_source("records"),
+            of_source("hair"),
+            of_source("metadata_captions"),
+            of_source("visual_captions"),
+            of_sources["splits"],
         ],
         group_name="3_splits",
         kinds={"parquet"},
@@ -46,7 +47,7 @@ def recipe_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:  # noqa: C
 
     @dg.asset(
         partitions_def=recipes,
-        deps=[of_source(data.records), data.splits],
+        deps=[of_source("records"), of_sources["splits"]],
         group_name="3_splits",
         kinds={"parquet"},
         owners=OWNERS,

@@ -19,7 +19,7 @@ from derm_pipeline.hair import HairConfig, detect_hair
 from derm_pipeline.images import decode, encode_png, read_bytes
 from derm_pipeline.latents import ImageFile
 from derm_pipeline.records import Diagnosis, Split
-from derm_pipeline.sources import SOURCES, scan
+from derm_pipeline.sources import scan
 from derm_pipeline.splits import SplitConfig, assign_splits
 from derm_pipeline.store import WHOLE, Artifact, Build, Reference, Request
 
@@ -40,13 +40,13 @@ def raw_reference(workspace: Workspace, source: str) -> Reference:
     Raises:
         FileNotFoundError: they are not there.
     """
-    fingerprint = SOURCES[source].fingerprint(workspace.source_folder(source))
+    fingerprint = workspace.sources[source].fingerprint(workspace.source_folder(source))
     return Reference(asset="raw_images", partition=source, key=fingerprint[:16], content_digest=fingerprint)
 
 
 def prepare_source(workspace: Workspace, source: str, on_progress: OnProgress | None = None) -> None:
     """See that a source's files are there; a drawn source is drawn."""
-    SOURCES[source].prepare(workspace.source_folder(source), on_progress)
+    workspace.sources[source].prepare(workspace.source_folder(source), on_progress)
 
 
 def records(workspace: Workspace, source: str, on_progress: OnProgress | None = None) -> Artifact:
@@ -56,7 +56,7 @@ def records(workspace: Workspace, source: str, on_progress: OnProgress | None = 
 
     def make(build: Build) -> None:
         previous = build.previous.table(RECORDS) if build.previous else None
-        found = scan(SOURCES[source], workspace.source_folder(source), previous, on_progress=on_progress)
+        found = scan(workspace.sources[source], workspace.source_folder(source), previous, on_progress=on_progress)
         build.write_table(RECORDS, found.records)
         build.write_table(QUARANTINED, found.quarantined)
         diagnoses = Counter(found.records["diagnosis"].to_pylist())

@@ -108,7 +108,7 @@ def _oriented_features(model: SmallResNet, images: Pixels) -> np.ndarray:
 def _predictions_table(
     held_out: pa.Table, found: dict[tuple[str, int], Prediction], classes: Sequence[str]
 ) -> pa.Table:
-    from derm_pipeline.evaluation.groups import demographics
+    from derm_pipeline.evaluation.demographics import demographics
 
     facts = pa.Table.from_pandas(demographics(held_out), preserve_index=False)
     facts = facts.append_column("split", held_out["split"].combine_chunks())
@@ -193,8 +193,8 @@ def _make_fidelity(
 ) -> None:
     from safetensors.numpy import load_file
 
+    from derm_pipeline.evaluation.demographics import demographics
     from derm_pipeline.evaluation.fidelity import FeatureSet, compare, fidelity_table
-    from derm_pipeline.evaluation.groups import demographics
     from derm_pipeline.evaluation.memorisation import ImageSet, find_copies
 
     train, held_out = used["training_set"].table(TRAINING_SET), used["evaluation_set"].table(EVALUATION_SET)

@@ -11,7 +11,6 @@ import pyarrow as pa
 from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, RECORDS, SPLITS, decode_mask, image_files
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import Diagnosis, SkinType, Split, canonical
-from derm_pipeline.sources import SOURCES
 from derm_pipeline.splits import light_dark_split
 from derm_pipeline.store import Artifact, Build, Reference, Request
 
@@ -342,7 +341,8 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
         from derm_pipeline.generation import dataset_card, draw_samples, plan_samples, write_dataset
 
         config = recipe.synthetic_dataset
-        requests = plan_samples(config, train_counts(used["training_set"].table(TRAINING_SET)))
+        learnt = used["training_set"].table(TRAINING_SET)
+        requests = plan_samples(config, canonical(learnt["diagnosis"].to_pylist()), train_counts(learnt))
         images = draw_samples(
             requests,
             config,
@@ -361,7 +361,8 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
             write_bytes=build.write_bytes,
         )
         build.write_table(METADATA, metadata)
-        licences = [f"{SOURCES[source].title}: {SOURCES[source].licence}" for source in recipe.sources]
+        sources = [workspace.sources[source] for source in recipe.sources]
+        licences = [f"{source.title}: {source.licence}" for source in sources]
         card = dataset_card(name, requests, licences=licences, size_px=images.shape[1])
         build.write_bytes("README.md", card.encode())
         asked = [request.diagnosis.value for request in requests]

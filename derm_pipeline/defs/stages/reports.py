@@ -14,7 +14,7 @@ from derm_pipeline.defs.stages.summary import reconstructed
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.images import Pixels, decode, read_bytes, to_square
 from derm_pipeline.records import Diagnosis, Split, canonical
-from derm_pipeline.sources import SOURCES
+from derm_pipeline.sources import Source
 from derm_pipeline.store import WHOLE, Artifact, Build, Node, Request, StoreError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _content(workspace: Workspace, recipe: Recipe, used: dict[str, Artifact]) ->
         recipe=recipe.name,
         title=recipe.title,
         size_px=recipe.latents.size_px,
-        sources=[_source_facts(source, used[f"records/{source}"]) for source in recipe.sources],
+        sources=[_source_facts(workspace.sources[source], used[f"records/{source}"]) for source in recipe.sources],
         quarantined=[
             row for source in recipe.sources for row in used[f"records/{source}"].table(QUARANTINED).to_pylist()
         ],
@@ -111,11 +111,9 @@ def _test_rows(held_out: pa.Table) -> pa.Table:
     return held_out.filter(pa.array([split == Split.TEST.value for split in held_out["split"].to_pylist()]))
 
 
-def _source_facts(source: str, records: Artifact) -> dict[str, Any]:
+def _source_facts(source: Source, records: Artifact) -> dict[str, Any]:
     names = ("num_records", "num_quarantined", "num_lesions", "diagnoses")
-    return {"name": SOURCES[source].title, "licence": SOURCES[source].licence} | {
-        name: records.counts[name] for name in names
-    }
+    return {"name": source.title, "licence": source.licence} | {name: records.counts[name] for name in names}
 
 
 def _split_counts(train: pa.Table, held_out: pa.Table) -> dict[str, dict[str, int]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from derm_pipeline.defs.stages.data import SPLITS
-from derm_pipeline.defs.stages.generator import LOSSES, METADATA, TRAINING_SET, squares
+from derm_pipeline.defs.stages.generator import LOSSES, METADATA, TRAINING_SET, splits_of, squares
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.images import Pixels, contact_sheet
 from derm_pipeline.store import Artifact
@@ -16,8 +15,8 @@ def leaks(workspace: Workspace, training_set: Artifact) -> list[str]:
     """What of the training set is also held out; nothing, or something is badly wrong."""
     from derm_pipeline.training.training_set import training_set_problems
 
-    splits = workspace.store.current("splits").table(SPLITS)
-    return training_set_problems(training_set.table(TRAINING_SET), splits)
+    recipe = workspace.recipe(training_set.manifest.partition)
+    return training_set_problems(training_set.table(TRAINING_SET), splits_of(workspace, recipe))
 
 
 def non_finite_moments(latents: Artifact) -> list[str]:
