@@ -5,9 +5,7 @@ Images are uint8 RGB arrays (h, w, 3) everywhere outside a network. Nothing here
 
 from __future__ import annotations
 
-import hashlib
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,16 +30,6 @@ class BadImageError(ValueError):
     """A file that is not a usable image; the message says why."""
 
 
-@dataclass(frozen=True)
-class FileFacts:
-    """What is known of an image file without its meaning."""
-
-    sha256: str
-    size_bytes: int
-    width_px: int
-    height_px: int
-
-
 def read_bytes(path: Path) -> bytes:
     """The file's bytes, refused when missing, empty or larger than `MAX_BYTES`."""
     if not path.is_file():
@@ -61,9 +49,52 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS, reduce_to_px: int | 
     be decoded at 1/2, 1/4 or 1/8, as long as its short side stays at least that long. EXIF rotation is applied.
 
     Raises:
+        BadImageError: not a JPEG or PNG, too many pixels, or broken.
+    """
+    with _opened(content, max_pixels) as image:
+        size = image.size
+    return _decode(content, size, reduce_to_px)
+
+
+def decode_strictly(
+    content: bytes, *, max_pixels: int = MAX_PIXELS, reduce_to_px: int | None = None
+) -> tuple[Pixels, tuple[int, int]]:
+    """Decode as `decode` does, and refuse a file that ends early or is damaged; every row is looked at.
+
+    Two decoders must agree. OpenCV's is that of every later stage, but it fills in what is missing; Pillow's refuses
+    that. Pillow reads a JPEG at 1/8 and in grey: all of its data is decoded all the same, only the pixels are fewer.
+
+    Returns:
+        The pixels, and (width, height) as the header says, which is before any reduction and rotation.
+
+    Raises:
         BadImageError: not a JPEG or PNG, too many pixels, truncated or broken.
     """
-    width, height = _header(content, max_pixels)
+    with _opened(content, max_pixels) as image:
+        size = image.size
+        image.draft("L", (max(1, size[0] // 8), max(1, size[1] // 8)))
+        try:
+            image.load()
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadImageError(f"the image is truncated or broken ({error})") from error
+    return _decode(content, size, reduce_to_px), size
+
+
+def _opened(content: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=tuple(FORMATS))
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"the image has more than {max_pixels:,} pixels; no more are read") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadImageError("the file is not a JPEG or PNG image") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise BadImageError(f"the image has {width:,} x {height:,} pixels; at most {max_pixels:,} are read")
+    return image
+
+
+def _decode(content: bytes, size: tuple[int, int], reduce_to_px: int | None) -> Pixels:
     flag = cv2.IMREAD_COLOR_RGB
     if reduce_to_px is not None:
         for factor, reduced in (
@@ -71,7 +102,7 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS, reduce_to_px: int | 
             (4, cv2.IMREAD_REDUCED_COLOR_4),
             (2, cv2.IMREAD_REDUCED_COLOR_2),
         ):
-            if min(width, height) >= reduce_to_px * factor:
+            if min(size) >= reduce_to_px * factor:
                 flag = reduced
                 break
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
@@ -80,36 +111,6 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS, reduce_to_px: int | 
     if flag != cv2.IMREAD_COLOR_RGB:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     return np.ascontiguousarray(pixels, dtype=np.uint8)
-
-
-def _header(content: bytes, max_pixels: int) -> tuple[int, int]:
-    try:
-        with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
-            width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"the image has more than {max_pixels:,} pixels; no more are read") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadImageError("the file is not a JPEG or PNG image") from error
-    if width * height > max_pixels:
-        raise BadImageError(f"the image has {width:,} x {height:,} pixels; at most {max_pixels:,} are read")
-    return width, height
-
-
-def inspect(path: Path, *, max_pixels: int = MAX_PIXELS) -> FileFacts:
-    """Digest and size of an image file that decodes to its last row.
-
-    Raises:
-        BadImageError: missing, empty, not an image, truncated, or too large.
-    """
-    content = read_bytes(path)
-    width, height = _header(content, max_pixels)
-    try:
-        with Image.open(io.BytesIO(content), formats=tuple(FORMATS)) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadImageError(f"the image is truncated or broken ({error})") from error
-    decode(content, max_pixels=max_pixels)  # the decoder of every later stage must agree; it forgives other things
-    return FileFacts(hashlib.sha256(content).hexdigest(), len(content), width, height)
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, reduce_to_px: int | None = None) -> Pixels:
