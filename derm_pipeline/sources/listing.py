@@ -6,11 +6,10 @@ and each file for which that fails. Which words a dataset uses is the adapter's 
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -32,11 +31,31 @@ from derm_pipeline.records import (
     SkinTypeOrigin,
     Split,
 )
+from derm_pipeline.sources.tables import Row as Row
+from derm_pipeline.sources.tables import read_table as read_table
 
 OTHER_SUFFIXES = {".bmp", ".gif", ".heic", ".jfif", ".jp2", ".tif", ".tiff", ".webp"}
 """Pictures that are not read: they are listed all the same, so that they are quarantined and not overlooked."""
 
-UNKNOWN_WORDS = frozenset({"", "unknown", "nan"})
+UNKNOWN_WORDS = frozenset(
+    {
+        "",
+        "unknown",
+        "nan",
+        "na",
+        "n/a",
+        "#n/a",
+        "<na>",
+        "nat",
+        "none",
+        "null",
+        "nil",
+        "not available",
+        "missing",
+        "-",
+        "?",
+    }
+)
 """What stands in a cell whose value the publisher does not know, in lower case."""
 
 _WORD = TypeVar("_WORD", bound=StrEnum)
@@ -48,7 +67,7 @@ class BadRowError(ValueError):
     """A row of a source's table that cannot become a record; the message says why."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """What a source's table says of one image, before its file is opened; the fields are those of `Record`."""
 
@@ -82,55 +101,6 @@ class Listing:
 
     candidates: tuple[Candidate, ...]
     quarantined: tuple[Quarantined, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One data row of a CSV table as text, stripped of surrounding blanks."""
-
-    line: int
-    """Number of the row's last line in the file, from 1, as an editor shows it."""
-    cells: Mapping[str, str]
-    problem: str | None = None
-    """Why the row cannot be read, for a row with too few or too many cells."""
-
-
-def read_table(path: Path, needed: Collection[str]) -> list[Row]:
-    """Read a comma- or tab-separated table with a header, strictly as text (UTF-8, with or without a byte order mark).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such table, or a column of `needed` is missing from it.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text table: {error}") from error
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)  # strict: an open quote swallows no rows
-    try:
-        columns = [name.strip() for name in next(reader, [])]
-        _check_columns(path, columns, needed)
-        return [_row(reader.line_num, columns, cells) for cells in reader if cells]
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _check_columns(path: Path, columns: Sequence[str], needed: Collection[str]) -> None:
-    missing = [name for name in needed if name not in columns]
-    if missing:
-        found = ", ".join(columns)[:500] or "none"
-        raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}; columns found: {found}")
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path} has the column {', '.join(map(repr, twice))} more than once; keep one")
-
-
-def _row(line: int, columns: Sequence[str], cells: Sequence[str]) -> Row:
-    problem = None
-    if len(cells) != len(columns):
-        problem = f"the row has {len(cells)} cells; the table has {len(columns)} columns"
-    return Row(line, dict(zip(columns, (cell.strip() for cell in cells), strict=False)), problem)
 
 
 def find_images(folder: Path, subfolders: Sequence[str]) -> dict[str, list[str]]:
@@ -180,6 +150,9 @@ def pair(
 ) -> Listing:
     """Give every row its file, and quarantine the rows and files that cannot be brought together.
 
+    A file belongs to the row whose image_id is its name without the suffix; where there is no such file, to the only
+    row whose image_id differs from it in case only. Several files for one row are all named, and none is guessed.
+
     Args:
         source: the source's name.
         rows: the table's rows.
@@ -190,6 +163,8 @@ def pair(
     Returns:
         As many candidates and quarantined rows as there are rows, and one quarantined file for each file without a row.
     """
+    rows = list(rows)
+    named = _files_by_row_id({row.cells.get(id_column, "") for row in rows}, files)
     candidates: dict[str, Candidate] = {}
     quarantined: list[Quarantined] = []
     lines: dict[str, int] = {}
@@ -198,25 +173,48 @@ def pair(
         image_id = row.cells.get(id_column, "")
         of_row: Sequence[str] = ()
         try:
-            _check_id(image_id, id_column, lines)
+            _check_id(image_id, id_column, lines, files)
             lines[image_id] = row.line
-            of_row = files.get(image_id, ())
+            of_row = named.get(image_id, ())
             claimed.update(of_row[:1])
             if row.problem:
                 raise BadRowError(row.problem)
             if len(of_row) > 1:
-                raise BadRowError(f"several files for one image_id: {', '.join(of_row)}; keep one")
+                raise BadRowError(_SEVERAL_FILES.format(", ".join(of_row)))
             candidates[image_id] = to_candidate(row.cells, of_row[0] if of_row else None)
         except BadRowError as error:
             file = of_row[0] if of_row else None
             reason = f"table line {row.line}: {error}"
-            quarantined.append(Quarantined(source=source, image_id=image_id or None, file=file, reason=reason))
-    quarantined += _unclaimed(source, files, claimed)
+            if row.problem and row.problem not in reason:
+                reason += f"; {row.problem}"
+            quarantined.append(Quarantined(source=source, image_id=image_id[:200] or None, file=file, reason=reason))
+    quarantined += _unclaimed(source, files, named, claimed)
     return Listing(tuple(candidates.values()), tuple(quarantined))
 
 
-def _check_id(image_id: str, id_column: str, lines: Mapping[str, int]) -> None:
-    if not image_id:
+_SEVERAL_FILES = "several files for one image_id: {}; keep one"
+
+
+def _files_by_row_id(image_ids: Collection[str], files: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The files of every image_id of the table that has some: by the same name, else by one that differs in case only.
+
+    Files are given by case to one image_id only, and never those that another row names exactly: where two rows want
+    them, neither gets them.
+    """
+    named = {image_id: files[image_id] for image_id in image_ids if image_id in files}
+    others: dict[str, list[str]] = {}
+    for stem, names in files.items():
+        if stem not in named:
+            others.setdefault(stem.lower(), []).extend(names)
+    wanting = Counter(image_id.lower() for image_id in image_ids if image_id not in named)
+    for image_id in image_ids:
+        if image_id not in named and wanting[image_id.lower()] == 1 and image_id.lower() in others:
+            named[image_id] = sorted(others[image_id.lower()])
+    return named
+
+
+def _check_id(image_id: str, id_column: str, lines: Mapping[str, int], files: Mapping[str, Sequence[str]]) -> None:
+    if not image_id or (image_id.lower() in UNKNOWN_WORDS and image_id not in files):
         raise BadRowError(f"the row has no {id_column}")
     try:
         _IMAGE_ID.validate_python(image_id)
@@ -229,16 +227,24 @@ def _check_id(image_id: str, id_column: str, lines: Mapping[str, int]) -> None:
         raise BadRowError(f"{id_column} {image_id} is already in line {lines[image_id]}, which is kept")
 
 
-def _unclaimed(source: str, files: Mapping[str, Sequence[str]], claimed: Collection[str]) -> list[Quarantined]:
+def _unclaimed(
+    source: str,
+    files: Mapping[str, Sequence[str]],
+    named: Mapping[str, Sequence[str]],
+    claimed: Collection[str],
+) -> list[Quarantined]:
+    beside = {name: names for names in named.values() for name in names}
+    by_lower_id = {image_id.lower(): names for image_id, names in named.items()}
     quarantined = []
     for image_id, names in files.items():
         for name in names:
             if name in claimed:
                 continue
-            others = [other for other in names if other in claimed]
             reason = "the file is on disk and not in the table"
-            if others:
-                reason = f"several files for one image_id: {', '.join(names)}; keep one"
+            if name in beside:
+                reason = _SEVERAL_FILES.format(", ".join(beside[name]))
+            elif image_id.lower() in by_lower_id:
+                reason += f"; its name differs from {by_lower_id[image_id.lower()][0]} in case only"
             row = Quarantined(source=source, image_id=_as_text(image_id), file=_as_text(name), reason=_as_text(reason))
             quarantined.append(row)
     return quarantined
@@ -251,6 +257,11 @@ def _as_text(name: str) -> str:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:80] + " ...")
+
+
+def parse_text(text: str) -> str | None:
+    """The cell as it is; None for the spellings of unknown, lest all rows with "NaN" share one lesion or patient."""
+    return None if text.lower() in UNKNOWN_WORDS else text
 
 
 def parse_word(vocabulary: type[_WORD], column: str, text: str) -> _WORD:
