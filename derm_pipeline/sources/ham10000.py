@@ -3,82 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from derm_pipeline.images import read_image
 from derm_pipeline.records import Diagnosis, Sex, Site
 from derm_pipeline.sources.base import OnProgress
+from derm_pipeline.sources.layout import Layout
 from derm_pipeline.sources.listing import (
     BadRowError,
     Candidate,
     Listing,
     find_images,
-    fingerprint_files,
     pair,
     parse_age,
     parse_word_or_none,
-    read_table,
 )
+from derm_pipeline.sources.tables import read_table
+from derm_pipeline.sources.words import known_cells, known_or_none
 
-TABLES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
-"""Names under which the table is distributed; one of them is expected."""
+MASK_FOLDER = "HAM10000_segmentations_lesion_tschandl"
+"""Lesion masks, `<image_id>_segmentation.png`, drawn at 600x450 for every image; the folder may be absent."""
 
-IMAGE_FOLDERS = (".", "images", "HAM10000_images_part_1", "HAM10000_images_part_2")
-"""Where images are looked for. Any other folder (segmentations, other resolutions) is passed over."""
+HOMEPAGE = "https://doi.org/10.7910/DVN/DBW86T"
+LAYOUT = Layout(
+    title="HAM10000",
+    expected=(
+        "Expected there: HAM10000_metadata.csv and the images in HAM10000_images_part_1/ and HAM10000_images_part_2/ "
+        f"(or images/), or their zip archives, as published at {HOMEPAGE}"
+    ),
+    tables=(("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab"),),
+    image_folders=(".", "images", "HAM10000_images_part_1", "HAM10000_images_part_2"),
+    side_folders=(MASK_FOLDER,),
+    archives=("HAM10000_images_part_1", "HAM10000_images_part_2", MASK_FOLDER),
+)
 
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization")
 CONCEPTS = ("dx_type", "dataset")
 """Columns kept as concepts, in the publisher's words; `dataset` is only in newer tables."""
 
-
 DIAGNOSES = {word: Diagnosis(word) for word in ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")}
 
 
 class Ham10000:
-    """10,015 dermoscopic images of seven diagnoses; ages, sexes and sites partly unknown, skin types not given."""
+    """10,015 dermoscopic images of seven diagnoses; ages, sexes and sites partly unknown, skin types not given.
+
+    An image with a lesion mask has the mask's path, relative to the source's folder, as the concept `lesion_mask`.
+    """
 
     name = "ham10000"
-    title = "HAM10000"
+    title = LAYOUT.title
     licence = "CC BY-NC 4.0"
     citation = (
         "Tschandl, Rosendahl and Kittler: The HAM10000 dataset, a large collection of multi-source dermatoscopic "
         "images of common pigmented skin lesions. Scientific Data 5, 180161 (2018), doi:10.1038/sdata.2018.161"
     )
     diagnoses: Mapping[str, Diagnosis | None] = DIAGNOSES
-    homepage = "https://doi.org/10.7910/DVN/DBW86T"
+    homepage = HOMEPAGE
 
     def prepare(self, folder: Path, on_progress: OnProgress | None = None) -> None:
-        """Check that the table and at least one image file are there; see `Source.prepare`."""
-        read_table(folder / self._table(folder), COLUMNS)
-        if not find_images(folder, IMAGE_FOLDERS):
-            raise FileNotFoundError(f"no image file in {folder}. {self._layout()}")
+        """Unpack the publisher's archives; check that table and images are there; see `Source.prepare`."""
+        LAYOUT.unpack(folder, on_progress)
+        (table,) = LAYOUT.find_tables(folder)
+        read_table(folder / table, COLUMNS)
+        LAYOUT.require_images(folder)
 
     def list_images(self, folder: Path) -> Listing:
         """See `Source.list_images`."""
-        rows = read_table(folder / self._table(folder), COLUMNS)
-        return pair(self.name, rows, find_images(folder, IMAGE_FOLDERS), _candidate)
+        (table,) = LAYOUT.find_tables(folder)
+        rows = read_table(folder / table, COLUMNS)
+        masks = find_images(folder, [MASK_FOLDER])
+        return pair(self.name, rows, LAYOUT.find_images(folder), partial(_candidate, masks))
 
     def fingerprint(self, folder: Path) -> str:
         """See `Source.fingerprint`."""
-        return fingerprint_files(folder, [self._table(folder)], IMAGE_FOLDERS)
-
-    def _table(self, folder: Path) -> str:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{self.title} is looked for in {folder}, which is not a folder. {self._layout()}")
-        found = [name for name in TABLES if (folder / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"no {TABLES[0]} in {folder}. {self._layout()}")
-        if len(found) > 1:
-            raise ValueError(f"{folder} has several tables: {', '.join(found)}; keep the one that is meant")
-        return found[0]
-
-    def _layout(self) -> str:
-        return (
-            f"Expected there: {TABLES[0]} and the images in HAM10000_images_part_1/ and HAM10000_images_part_2/ "
-            f"(or images/), as published at {self.homepage}"
-        )
+        return LAYOUT.fingerprint(folder)
 
 
-def _candidate(cells: Mapping[str, str], file: str | None) -> Candidate:
+def read_lesion_mask(path: Path) -> npt.NDArray[np.bool_]:
+    """Where the lesion is, (h, w), in the mask's own size, which need not be that of the image.
+
+    White is lesion. The file's mode does not matter: some masks are in palette mode with white as index 0, so that
+    their indexes are the opposite of the mask; one that holds only 0 and 1 is taken as such.
+
+    Raises:
+        BadImageError: missing, not a JPEG or PNG, too many pixels, truncated or broken.
+    """
+    brightness = read_image(path).max(axis=2)
+    return np.asarray(brightness >= (128 if brightness.max() > 1 else 1))
+
+
+def _candidate(masks: Mapping[str, list[str]], cells: Mapping[str, str], file: str | None) -> Candidate:
+    concepts = known_cells(cells, CONCEPTS)
+    if found := masks.get(f"{cells['image_id']}_segmentation"):
+        concepts["lesion_mask"] = found[0]
     return Candidate(
         image_id=cells["image_id"],
         file=file,
@@ -87,8 +108,8 @@ def _candidate(cells: Mapping[str, str], file: str | None) -> Candidate:
         age_years=parse_age("age", cells["age"]),
         sex=parse_word_or_none(Sex, "sex", cells["sex"]),
         site=parse_word_or_none(Site, "localization", cells["localization"]),
-        lesion_id=cells["lesion_id"] or None,
-        concepts={name: cells[name] for name in CONCEPTS if cells.get(name)},
+        lesion_id=known_or_none(cells["lesion_id"]),
+        concepts=concepts,
     )
 
 

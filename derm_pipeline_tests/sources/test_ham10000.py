@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import struct
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from derm_pipeline.images import encode_jpeg, encode_png
+from derm_pipeline.images import BadImageError, encode_jpeg, encode_png
 from derm_pipeline.records import QUARANTINE_SCHEMA, RECORD_SCHEMA
 from derm_pipeline.sources import scan
-from derm_pipeline.sources.ham10000 import COLUMNS, Ham10000
+from derm_pipeline.sources.ham10000 import COLUMNS, MASK_FOLDER, Ham10000, read_lesion_mask
 
 HAM = Ham10000()
 PARTS = ("HAM10000_images_part_1", "HAM10000_images_part_2")
@@ -301,12 +304,12 @@ def test_nothing_is_lost_whatever_is_wrong(folder):
 def test_unchanged_files_are_reused_and_a_changed_one_is_not(folder):
     before = scan(HAM, folder)
     assert before.num_reused == 0
-    again = scan(HAM, folder, before.records)
+    again = scan(HAM, folder, before.statistics)
     assert again.num_reused == 6
     assert again.records.equals(before.records)
     image_path(folder, 2).write_bytes(jpeg())
     image_path(folder, 3).write_bytes(b"broken")
-    changed = scan(HAM, folder, before.records)
+    changed = scan(HAM, folder, before.statistics)
     assert changed.num_reused == 4
     assert changed.records.equals(scan(HAM, folder).records)
     assert changed.quarantined.num_rows == 1
@@ -315,7 +318,7 @@ def test_unchanged_files_are_reused_and_a_changed_one_is_not(folder):
 def test_new_words_of_the_table_reach_reused_rows(folder):
     before = scan(HAM, folder)
     write_table(folder, [row(number, dx="mel") for number in range(6)])
-    after = scan(HAM, folder, before.records)
+    after = scan(HAM, folder, before.statistics)
     assert after.num_reused == 6
     assert set(after.records["diagnosis"].to_pylist()) == {"mel"}
 
@@ -393,3 +396,100 @@ def test_not_one_readable_image_is_an_error_with_the_first_reason(folder):
         image_path(folder, number).unlink()
     with pytest.raises(FileNotFoundError, match="no image file in"):
         HAM.prepare(folder)
+
+
+@pytest.mark.parametrize("word", ["vidir_modern", "rosendahl", "vidir_molemax", "vienna_dias"])
+def test_where_an_image_comes_from_is_kept_where_the_table_says_it(folder, word):
+    write_table(folder, [row(number, dataset=word if number else "") for number in range(6)])
+    concepts = [dict(line["concepts"]) for line in scan(HAM, folder).records.to_pylist()]
+    assert [line.get("dataset") for line in concepts] == [None] + [word] * 5
+
+
+def test_images_of_one_lesion_share_it_and_those_of_none_do_not(folder):
+    cells = [{"lesion_id": "HAM_0000001"}] * 2 + [{"lesion_id": text} for text in ("", "nan", "NaN", "unknown")]
+    write_table(folder, [row(number, **line) for number, line in enumerate(cells)])
+    assert scan(HAM, folder).records["lesion_id"].to_pylist() == ["HAM_0000001"] * 2 + [None] * 4
+
+
+def test_a_lesion_mask_is_named_in_the_record_of_its_image(folder):
+    before = HAM.fingerprint(folder)
+    (folder / MASK_FOLDER).mkdir()
+    for number in (1, 4, 999):
+        (folder / MASK_FOLDER / f"ISIC_{number:07d}_segmentation.png").write_bytes(png(random_mask()))
+    (folder / MASK_FOLDER / "ISIC_0000002.png").write_bytes(b"no mask's name")
+    found = scan(HAM, folder)
+    assert found.quarantined.num_rows == 0, "a mask is no image"
+    masks = [dict(line["concepts"]).get("lesion_mask") for line in found.records.to_pylist()]
+    name = MASK_FOLDER + "/ISIC_{:07d}_segmentation.png"
+    assert masks == [None, name.format(1), None, None, name.format(4), None]
+    assert HAM.fingerprint(folder) != before
+
+
+def random_mask() -> np.ndarray:
+    mask = np.random.default_rng().random((23, 31)) < 0.3
+    mask[0, :2] = True, False
+    return mask
+
+
+def png(mask: np.ndarray, mode: str = "grey") -> bytes:
+    """The mask as a PNG in one of the modes that occur; white is lesion."""
+    if mode == "one bit":
+        image = Image.fromarray(mask)
+    elif mode == "0 and 1":
+        image = Image.fromarray(mask.astype(np.uint8))
+    elif mode == "RGB":
+        image = Image.fromarray(np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))
+    else:
+        image = Image.fromarray(mask * np.uint8(255))
+    if mode == "palette":  # the publisher's: white first, black last, the grey levels between
+        image = Image.fromarray(~mask * np.uint8(255))
+        image.putpalette([255 - level for level in range(256) for _ in range(3)])
+    if mode == "short palette":
+        image = Image.fromarray(mask.astype(np.uint8))
+        image.putpalette([0, 0, 0, 255, 255, 255])
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["grey", "palette", "short palette", "one bit", "0 and 1", "RGB"])
+def test_a_lesion_mask_is_read_alike_in_every_mode(tmp_path, mode):
+    for mask in (random_mask(), np.zeros((5, 7), bool), np.ones((5, 7), bool)):
+        (tmp_path / "mask.png").write_bytes(png(mask, mode))
+        found = read_lesion_mask(tmp_path / "mask.png")
+        assert found.dtype == bool
+        assert np.array_equal(found, mask)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "missing"),
+        (b"", "zero bytes"),
+        (b"<html>", "not a JPEG or PNG"),
+        (png(random_mask())[:-30], "broken"),
+        (bomb(30_000, 30_000), "100,000,000 pixels"),
+    ],
+    ids=["missing", "empty", "a page", "cut short", "a bomb"],
+)
+def test_a_bad_lesion_mask_is_an_error(tmp_path, content, word):
+    if content is not None:
+        (tmp_path / "mask.png").write_bytes(content)
+    with pytest.raises(BadImageError, match=word):
+        read_lesion_mask(tmp_path / "mask.png")
+
+
+def test_the_publishers_archives_are_unpacked(folder, tmp_path_factory):
+    (folder / MASK_FOLDER).mkdir()
+    (folder / MASK_FOLDER / "ISIC_0000003_segmentation.png").write_bytes(png(random_mask()))
+    zipped = tmp_path_factory.mktemp("zipped")
+    (zipped / "HAM10000_metadata").write_bytes((folder / "HAM10000_metadata.csv").read_bytes())
+    for name in (*PARTS, MASK_FOLDER):
+        inside = name + "/" if name == MASK_FOLDER else ""
+        with zipfile.ZipFile(zipped / f"{name}.zip", "w") as archive:
+            for path in (folder / name).iterdir():
+                archive.write(path, inside + path.name)
+    done = []
+    HAM.prepare(zipped, lambda *progress: done.append(progress))
+    assert done[-1][0] == done[-1][1] > 0
+    assert scan(HAM, zipped).records.equals(scan(HAM, folder).records)
