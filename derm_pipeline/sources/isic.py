@@ -151,8 +151,8 @@ class Isic2020(_Challenge):
     """The training set of ISIC 2020: 33,126 dermoscopic images of 2,056 patients; 584 melanomas, most others unnamed.
 
     Whether a lesion is malignant is what `benign_malignant` and `target` say, not what follows from the diagnosis. The
-    images that the publisher's list of duplicates pairs with one are its concept `publisher_duplicate`; pairs of images
-    that the table does not hold are not this source's.
+    images that the publisher's list of duplicates pairs with one are its concept `publisher_duplicate`, and share a
+    lesion where the table names none; pairs of images that the table does not hold are not this source's.
     """
 
     name = "isic2020"
@@ -208,7 +208,7 @@ class Isic2020(_Challenge):
                 age_years=parse_age("age_approx", cells["age_approx"]),
                 sex=parse_mapped(SEXES, "sex", cells["sex"]),
                 site=site,
-                lesion_id=known_or_none(cells.get("lesion_id", "")),
+                lesion_id=known_or_none(cells.get("lesion_id", "")) or _shared_lesion(cells["image_name"], twins),
                 patient_id=known_or_none(cells["patient_id"]),
                 concepts=concepts,
             )
@@ -307,6 +307,17 @@ def _malignant(cells: Mapping[str, str]) -> bool | None:
     if word is not None and target is not None and word != target:
         raise BadRowError(f"benign_malignant {cells['benign_malignant']!r} contradicts target {cells['target']!r}")
     return target if word is None else word
+
+
+def _shared_lesion(image: str, twins: Mapping[str, set[str]]) -> str | None:
+    """A name for the lesion that the publisher's duplicates show, the same for all of them; None without duplicates."""
+    if image not in twins:
+        return None
+    found, new = {image}, {image}
+    while new:
+        new = set().union(*(twins[one] for one in new)) - found
+        found |= new
+    return f"duplicates_of_{min(found)}"
 
 
 def _read_twins(source: str, folder: Path, table: str | None) -> tuple[dict[str, set[str]], list[Quarantined]]:

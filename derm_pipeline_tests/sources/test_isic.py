@@ -388,6 +388,9 @@ def test_the_publishers_duplicates_of_2020_are_named_on_both_sides(set_2020):
         "ISIC_0000002": "ISIC_0000000",
         "ISIC_0000003": "ISIC_0000000",
     }
+    lesions = {image: line["lesion_id"] for image, line in found.items()}
+    assert lesions.pop("ISIC_0000001") is None
+    assert set(lesions.values()) == {"duplicates_of_ISIC_0000000"}  # so that no split parts them
     assert reasons(Isic2020(), set_2020) == {}
     assert Isic2020().fingerprint(set_2020) != before
 
