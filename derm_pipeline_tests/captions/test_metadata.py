@@ -7,10 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from derm_pipeline.captions.metadata import MetadataCaptionConfig, metadata_caption, metadata_captions, names_unknown
-from derm_pipeline.records import Diagnosis, Sex, Site, SkinType
+from derm_pipeline.captions.metadata import (
+    STYLES,
+    MetadataCaptionConfig,
+    caption_styles,
+    metadata_caption,
+    metadata_captions,
+    names_unknown,
+    num_without_own,
+)
+from derm_pipeline.captions.wording import class_of, med_art_simple
+from derm_pipeline.records import Diagnosis, Modality, Sex, Site, SkinTone, SkinType
 
-STYLES = ["rich", "label", "isic2020"]
 MISSING = st.sampled_from(
     [
         None,
@@ -32,12 +40,27 @@ MISSING = st.sampled_from(
         "<NA>",
         "?",
         "-",
+        "not specified",
+        "n.a.",
+        0,
+        [],
     ]
+)
+WORDS = st.text("abc XYZ-0'(),é_\n", max_size=12)
+CONCEPTS = st.dictionaries(
+    st.sampled_from(["site", "pigment_network", "blue_whitish_veil", "streaks", "elevation", "dx_type"]),
+    st.sampled_from(["absent", "present", "atypical", "torso", "unknown", "", "None"]) | MISSING,
 )
 ROWS = st.fixed_dictionaries(
     {},
     optional={
-        "diagnosis": st.sampled_from([None, *Diagnosis]),
+        "modality": st.sampled_from([None, *Modality]) | MISSING.filter(bool),
+        "diagnosis": st.sampled_from([None, math.nan, "", *Diagnosis]),
+        "source_label": st.sampled_from(["granuloma faciale", "polyps", "UNK", "Miscellaneous", "7"]) | WORDS | MISSING,
+        "age_range": st.sampled_from(["30-39", "0-4", "80-120", "0-0", "9-1", "nan-nan", "0-120", "1-17"]) | MISSING,
+        "skin_tone": st.sampled_from(list(SkinTone)) | MISSING,
+        "concepts": CONCEPTS | CONCEPTS.map(lambda named: list(named.items())) | MISSING,
+        "text": st.sampled_from(["A caption, of its own.", "age 0"]) | MISSING,
         "sex": st.sampled_from(list(Sex)) | MISSING,
         "site": st.sampled_from(list(Site)) | MISSING,
         "age_years": st.integers(1, 120)
@@ -59,16 +82,30 @@ def test_no_caption_names_what_is_not_known(row, is_hairy, style):
     caption = metadata_caption(row, is_hairy, MetadataCaptionConfig(style=style))
     assert not names_unknown(caption)
     assert caption == " ".join(caption.split())
-    assert not caption.endswith((",", "."))
+    assert style == "own" or not caption.endswith((",", "."))
     assert "None" not in caption
-    assert "nan" not in caption.split()
+    assert not {"nan", "nan-class", "UNK", "unk-class", "Miscellaneous", "miscellaneous"} & set(caption.split())
 
 
 @given(ROWS, HAIRY, st.sampled_from(STYLES))
 def test_a_missing_value_reads_as_an_absent_field(row, is_hairy, style):
     config = MetadataCaptionConfig(style=style)
     known = {key: value for key, value in row.items() if isinstance(value, (Diagnosis, Sex, Site, SkinType, int))}
-    unknown = dict.fromkeys(("diagnosis", "sex", "site", "age_years", "skin_type"))
+    unknown = dict.fromkeys(
+        [
+            "modality",
+            "diagnosis",
+            "source_label",
+            "sex",
+            "site",
+            "age_years",
+            "age_range",
+            "skin_type",
+            "skin_tone",
+            "concepts",
+            "text",
+        ]
+    )
     assert metadata_caption(known, is_hairy, config) == metadata_caption(unknown | known, is_hairy, config)
     assert metadata_caption(row, is_hairy, config) == metadata_caption(dict(row), is_hairy, config)
 
@@ -110,10 +147,59 @@ def test_a_rich_caption_says_everything_that_is_known(diagnosis, sex, site, age,
         ({"age_years": 110, "sex": "male"}, None, "dermoscopic image of a melanoma in a 110-year-old man"),
         ({"diagnosis": "akiec"}, None, "dermoscopic image of an actinic keratosis or intraepithelial carcinoma"),
         ({"diagnosis": None}, True, "dermoscopic image of a skin lesion, with hair"),
+        (
+            {"diagnosis": "psoriasis", "modality": "clinical", "age_range": "30-39", "sex": "female", "skin_type": 6},
+            False,
+            "clinical photograph of psoriasis in a woman aged 30 to 39 with very dark skin",
+        ),
+        (
+            {"diagnosis": "wart", "modality": "clinical", "site": "palm or sole", "age_range": "2-5", "sex": "male"},
+            None,
+            "clinical photograph of a wart on a palm or sole of a boy aged 2 to 5",
+        ),
+        ({"age_range": "30-39", "age_years": 34}, None, "dermoscopic image of a melanoma in a 34-year-old person"),
+        ({"age_range": "30-39"}, None, "dermoscopic image of a melanoma in a person aged 30 to 39"),
+        ({"age_range": "80-120"}, None, "dermoscopic image of a melanoma in a person aged 80 or over"),
+        ({"age_range": "0-17"}, None, "dermoscopic image of a melanoma in a child aged up to 17"),
+        ({"site": "head or neck"}, None, "dermoscopic image of a melanoma on the head or neck"),
+        ({"site": "oral or genital"}, None, "dermoscopic image of a melanoma in the oral or genital area"),
+        ({"site": "front of the trunk"}, None, "dermoscopic image of a melanoma on the front of the trunk"),
+        ({"site": "buttocks"}, None, "dermoscopic image of a melanoma on the buttocks"),
+        ({"skin_tone": "dark"}, None, "dermoscopic image of a melanoma in a person with dark skin"),
+        (
+            {"skin_tone": "dark", "skin_type": 1},
+            None,
+            "dermoscopic image of a melanoma in a person with very light skin",
+        ),
+        (
+            {"diagnosis": None, "source_label": "Granuloma faciale", "modality": "clinical", "site": "face"},
+            None,
+            "clinical photograph of granuloma faciale on the face",
+        ),
+        ({"diagnosis": None, "source_label": "polyps", "modality": "endoscopic"}, True, "endoscopic image of polyps"),
+        ({"diagnosis": None, "source_label": "Blue_naevus"}, None, "dermoscopic image of a blue naevus"),
+        ({"diagnosis": None, "source_label": "SCCIS"}, None, "dermoscopic image of SCCIS"),
+        ({"diagnosis": None, "source_label": "MYCOSIS FUNGOIDES"}, None, "dermoscopic image of mycosis fungoides"),
+        ({"diagnosis": None, "source_label": "unilateral nevus"}, None, "dermoscopic image of a unilateral nevus"),
+        ({"diagnosis": None, "source_label": "UNK"}, None, "dermoscopic image of a skin lesion"),
+        ({"diagnosis": None, "modality": "clinical"}, None, "clinical photograph of a skin condition"),
+        (
+            {"diagnosis": "scc", "source_label": "malignant, SCC"},
+            None,
+            "dermoscopic image of a squamous cell carcinoma",
+        ),
     ],
 )
 def test_rich_captions_are_natural_english(row, is_hairy, caption):
     assert metadata_caption({"diagnosis": "mel"} | row, is_hairy) == caption
+
+
+@pytest.mark.parametrize(
+    "condition", ["acne", "eczema", "vitiligo", "lupus", "psoriasis", "rosacea", "tinea", "urticaria", "impetigo"]
+)
+def test_a_condition_that_nobody_has_one_of_has_no_article(condition):
+    caption = metadata_caption({"diagnosis": condition, "modality": "clinical"})
+    assert caption == f"clinical photograph of {Diagnosis(condition).phrase}"
 
 
 @pytest.mark.parametrize(
@@ -165,6 +251,13 @@ def test_the_label_caption_is_the_diagnosis_alone(diagnosis):
         "a 0-year-old man",
         "sex N/A",
         "NaN",
+        "An image of",
+        "An image of nan-class on the skin of a dark-skinned individual",
+        "clinical photograph of not specified",
+        "a person aged nan to 39",
+        "a person aged 0",
+        "melanoma on a Null skin tone",
+        "skin type -1",
     ],
 )
 def test_a_caption_that_names_the_unknown_is_found(caption):
@@ -172,7 +265,20 @@ def test_a_caption_that_names_the_unknown_is_found(caption):
 
 
 @pytest.mark.parametrize(
-    "caption", ["an image of a nanny's banana", "at age 10", "a 50-year-old man", "at age 100", "nonexistent"]
+    "caption",
+    [
+        "an image of a nanny's banana",
+        "at age 10",
+        "a 50-year-old man",
+        "at age 100",
+        "nonexistent",
+        "a non-melanoma, none-too-small",
+        "An image of nut-class on the skin of a dark-skinned individual",
+        "nanism",
+        "a person aged 10 to 39",
+        "nulliparous",
+        "nevus, NOS",
+    ],
 )
 def test_a_word_that_only_looks_like_it_is_not(caption):
     assert not names_unknown(caption)
@@ -180,9 +286,9 @@ def test_a_word_that_only_looks_like_it_is_not(caption):
 
 def test_captions_come_in_the_order_of_the_rows():
     rows = [{"diagnosis": diagnosis} for diagnosis in Diagnosis]
-    captions = metadata_captions(rows, [True] * 7)
+    captions = metadata_captions(rows, [True] * len(rows))
     assert captions == [metadata_caption(row, True) for row in rows]
-    assert len(set(captions)) == 7
+    assert len(set(captions)) == len(rows)
 
 
 def test_wrong_input_is_refused_by_name():
@@ -190,3 +296,84 @@ def test_wrong_input_is_refused_by_name():
         metadata_captions([{"diagnosis": "melanoma", "image_id": "ISIC_1"}])
     with pytest.raises(ValueError, match="2 values for 1 rows"):
         metadata_captions([{"diagnosis": "mel"}], [True, False])
+    with pytest.raises(ValueError, match="measured has 0 values for 1 rows"):
+        caption_styles([{"diagnosis": "mel"}], measured=[])
+    with pytest.raises(ValueError, match="'x-ray'.*ISIC_1.*dermoscopic"):
+        metadata_caption({"modality": "x-ray", "image_id": "ISIC_1"})
+
+
+@given(st.lists(st.tuples(ROWS, HAIRY), max_size=5))
+def test_the_styles_of_a_table_are_those_of_its_rows(pairs):
+    rows, hairy = [row for row, _ in pairs], [is_hairy for _, is_hairy in pairs]
+    styles = caption_styles(rows, hairy)
+    assert tuple(styles) == STYLES
+    for style, captions in styles.items():
+        assert captions == metadata_captions(rows, hairy, MetadataCaptionConfig(style=style))
+
+
+# Values of ISIC 2020's train.csv beside the captions that Melanoma Stable Diffusion published for these images.
+@pytest.mark.parametrize(
+    ("site", "own_site", "age", "is_hairy", "caption"),
+    [
+        ("trunk", "torso", 70.0, True, "photo of male skin, me1anoma on torso, at age 70, hairy"),
+        ("trunk", "torso", "55.0", False, "photo of male skin, me1anoma on torso, at age 55"),
+        ("lower extremity", "lower extremity", 70, False, "photo of male skin, me1anoma on lower extremity, at age 70"),
+        ("trunk", None, 70, True, "photo of male skin, me1anoma on torso, at age 70, hairy"),
+        ("head or neck", "head/neck", 0, None, "photo of male skin, me1anoma on head/neck"),
+        ("head or neck", "unknown", math.nan, None, "photo of male skin, me1anoma on head/neck"),
+        (None, "oral/genital", None, None, "photo of male skin, me1anoma on oral/genital"),
+        ("palm or sole", None, None, None, "photo of male skin, me1anoma on palms/soles"),
+        ("front of the trunk", None, None, None, "photo of male skin, me1anoma on torso"),
+    ],
+)
+def test_isic2020_captions_use_the_sources_own_word_for_the_site(site, own_site, age, is_hairy, caption):
+    row = {"diagnosis": "mel", "sex": "male", "site": site, "age_years": age, "concepts": {"site": own_site}}
+    config = MetadataCaptionConfig(style="isic2020")
+    assert metadata_caption(row, is_hairy, config) == caption
+    assert metadata_caption(row | {"concepts": [("site", own_site)]}, is_hairy, config) == caption
+
+
+def test_a_row_without_a_caption_of_its_own_has_the_rich_one_and_is_counted():
+    own = "A raised, pearly nodule; the  patient\nis 50."
+    rows = [{"diagnosis": "bcc", "text": text} for text in (own, None, math.nan, "", " ", "nan", "lesion, age unknown")]
+    styles = caption_styles(rows)
+    assert styles["own"] == ["A raised, pearly nodule; the patient is 50.", *styles["rich"][1:]]
+    assert num_without_own(rows) == len(rows) - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("An image of Dermatofibroma", "Dermatofibroma"),
+        ("An image of dermatofibroma.", "dermatofibroma"),
+        ("An endoscopic image of polyps", "polyps"),
+        ("dermoscopic image of carcinoma of the skin", "carcinoma of the skin"),
+        ("A clinical photograph of lupus", "lupus"),
+        ("an image of an image of a proof", "an image of a proof"),
+        ("  An image\tof \n Profound offence ", "Profound offence"),
+        ("Dermatofibroma", "Dermatofibroma"),
+        ("proof of an image of something", "proof of an image of something"),
+        ("An image often seen", "An image often seen"),
+    ],
+)
+def test_the_class_is_what_follows_image_of(text, name):
+    assert class_of(text) == name
+
+
+@given(st.sampled_from(Diagnosis), st.sampled_from(Modality))
+def test_the_class_of_a_simple_sentence_is_the_label_it_was_made_of(diagnosis, modality):
+    assert class_of(med_art_simple(diagnosis.phrase, modality)) == diagnosis.phrase
+    label = metadata_caption({"diagnosis": diagnosis}, None, MetadataCaptionConfig(style="label"))
+    assert class_of(label) == diagnosis.phrase
+
+
+def test_simple_sentences_name_the_modality():
+    assert med_art_simple("polyps", "endoscopic") == "An endoscopic image of polyps"
+    assert med_art_simple("melanoma", Modality.DERMOSCOPIC) == "A dermoscopic image of melanoma"
+    assert med_art_simple("acne", "clinical") == "A clinical photograph of acne"
+
+
+@pytest.mark.parametrize("text", ["", "An image of", "An image of ."])
+def test_a_text_without_a_class_is_refused(text):
+    with pytest.raises(ValueError, match="names no class"):
+        class_of(text)

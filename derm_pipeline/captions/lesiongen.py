@@ -1,0 +1,149 @@
+"""LesionGen's concept captions and prompts: condition, size, skin tone, colours, site, 7-point criteria.
+
+`jfayyad/LesionGen` ships its prompts ("Melanoma small size on a dark skin tone") but not its captions, and trains on
+labels alone, so that the prompts name what was never taught. Our captions begin as the prompts do; the rest follows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from derm_pipeline.captions.known import Known
+from derm_pipeline.captions.wording import condition_or_unnamed, place
+from derm_pipeline.records import Diagnosis
+
+CONDITIONS: Final[Mapping[Diagnosis, str]] = {
+    Diagnosis.MEL: "Melanoma",
+    Diagnosis.BCC: "Basal cell carcinoma",
+    Diagnosis.BKL: "Benign keratosis-like lesions",
+    Diagnosis.DF: "Dermatofibroma",
+    Diagnosis.NV: "Melanocytic nevi",
+    Diagnosis.VASC: "Vascular lesions",
+    Diagnosis.AKIEC: "Actinic keratoses and intraepithelial carcinoma",
+}
+"""The seven conditions by LesionGen's names for them, in its order."""
+
+_SIZES_AND_TONES = (("small", "dark"), ("large", "light"), ("medium", "medium"))
+_GUIDANCES = (3.0, 5.0, 7.5, 10.0)
+_NUM_STEPS = (30, 50, 70, 100)
+
+_COLOURS = ("white", "pink", "red", "light_brown", "dark_brown", "blue_grey", "black")
+"""The fields of `descriptors.Measurements` that hold colour fractions."""
+_ABSENT = frozenset({"absent", "no", "false", "0"})
+_CRITERIA = {
+    "pigment_network": "{} pigment network",
+    "streaks": "{} streaks",
+    "pigmentation": "{} pigmentation",
+    "regression_structures": "regression with {}",
+    "dots_and_globules": "{} dots and globules",
+    "blue_whitish_veil": "{} blue-whitish veil",
+    "vascular_structures": "{} vessels",
+    "elevation": "{} lesion",
+}
+"""The 7-point criteria and the elevation as derm7pt's `meta.csv` names them, in the order in which they are said."""
+_CRITERIA_IN_OTHER_WORDS = {
+    ("blue_whitish_veil", "present"): "blue-whitish veil",
+    ("regression_structures", "combinations"): "regression with white and blue areas",
+    ("regression_structures", "present"): "regression",
+    ("vascular_structures", "within regression"): "vessels within regression",
+    ("vascular_structures", "present"): "vessels",
+}
+
+
+class LesionGenConfig(BaseModel):
+    """From which measurement on a word is said; the same bounds as for the visual captions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    small_fraction: float = Field(default=0.1, ge=0, le=1)
+    """A lesion below this fraction of the view is small."""
+    large_fraction: float = Field(default=0.3, ge=0, le=1)
+    """A lesion above this fraction of the view is large."""
+    colour_fraction: float = Field(default=0.08, gt=0, le=1)
+    """A colour is named when it covers at least this fraction of the lesion."""
+
+
+class LesionGenPrompt(NamedTuple):
+    """One of the combinations from which LesionGen draws for each image that it makes."""
+
+    text: str
+    guidance: float
+    """Weight of classifier-free guidance."""
+    num_steps: int
+    """Number of denoising steps."""
+
+
+def lesiongen_prompts(condition: str) -> list[LesionGenPrompt]:
+    """The 48 combinations of 3 prompts, 4 guidance weights and 4 numbers of steps for a condition, in that order.
+
+    Raises:
+        ValueError: the condition is empty.
+    """
+    condition = condition.strip()
+    if not condition:
+        raise ValueError("the condition is empty; name one, for example 'Melanoma'")
+    texts = [f"{condition} {size} size on a {tone} skin tone" for size, tone in _SIZES_AND_TONES]
+    return [LesionGenPrompt(*combination) for combination in itertools.product(texts, _GUIDANCES, _NUM_STEPS)]
+
+
+def lesiongen_caption(
+    image: Known, measured: Mapping[str, Any] | None = None, config: LesionGenConfig | None = None
+) -> str:
+    """A caption that begins as the prompts: "Melanoma small size on a dark skin tone, black, on the back, ...".
+
+    Args:
+        image: What is known; the skin tone is only ever what the source says, never an estimate.
+        measured: What was measured in the picture, by the names of `descriptors.Measurements`: size and colours come
+            from here and are not said without.
+        config: The bounds; the defaults when left out.
+    """
+    bounds = config or LesionGenConfig()
+    size, colours = _size(measured, bounds), _colours(measured, bounds)
+    head = CONDITIONS.get(image.diagnosis) if image.diagnosis else None
+    if head is None:
+        head = condition_or_unnamed(image)
+        head = head[:1].upper() + head[1:]
+    if size:
+        head += f" {size} size"
+    if image.skin_tone:
+        head += f" on a {image.skin_tone} skin tone"
+    return ", ".join(filter(None, [head, colours, place(image.site), *_criteria(image.concepts)]))
+
+
+def _size(measured: Mapping[str, Any] | None, bounds: LesionGenConfig) -> str | None:
+    fraction = _measured(measured, "lesion_fraction")
+    if not fraction:
+        return None
+    if fraction < bounds.small_fraction:
+        return "small"
+    return "large" if fraction > bounds.large_fraction else "medium"
+
+
+def _colours(measured: Mapping[str, Any] | None, bounds: LesionGenConfig) -> str | None:
+    """The lesion's colours, most of it first: "dark brown, black and blue-grey"."""
+    fractions = {colour: _measured(measured, colour) for colour in _COLOURS}
+    named = [colour for colour in _COLOURS if fractions[colour] >= bounds.colour_fraction]
+    words = [
+        "blue-grey" if colour == "blue_grey" else colour.replace("_", " ")
+        for colour in sorted(named, key=lambda colour: -fractions[colour])
+    ]
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]])) or None
+
+
+def _measured(measured: Mapping[str, Any] | None, name: str) -> float:
+    """A fraction of a lesion that was found; 0 where nothing was."""
+    value = measured.get(name) if measured is not None and measured.get("has_lesion", True) else None
+    if value is None or isinstance(value, str):
+        return 0.0
+    return float(value) if math.isfinite(value) else 0.0
+
+
+def _criteria(concepts: Mapping[str, str]) -> list[str]:
+    """The criteria that are there, in words: "atypical pigment network", "regression with blue areas"."""
+    given = [(name, concepts[name]) for name in _CRITERIA if concepts.get(name, "absent") not in _ABSENT]
+    return [_CRITERIA_IN_OTHER_WORDS.get((name, value)) or _CRITERIA[name].format(value) for name, value in given]
