@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from derm_pipeline.captions.known import Known
 from derm_pipeline.captions.wording import condition_or_unnamed, place
-from derm_pipeline.records import Diagnosis
+from derm_pipeline.records import Diagnosis, Modality
 
 CONDITIONS: Final[Mapping[Diagnosis, str]] = {
     Diagnosis.MEL: "Melanoma",
@@ -112,7 +112,7 @@ def lesiongen_caption(
         head += f" {size} size"
     if image.skin_tone:
         head += f" on a {image.skin_tone} skin tone"
-    return ", ".join(filter(None, [head, colours, place(image.site), *_criteria(image.concepts)]))
+    return ", ".join(filter(None, [head, colours, place(image.site), *_criteria(image)]))
 
 
 def _size(measured: Mapping[str, Any] | None, bounds: LesionGenConfig) -> str | None:
@@ -143,7 +143,12 @@ def _measured(measured: Mapping[str, Any] | None, name: str) -> float:
     return float(value) if math.isfinite(value) else 0.0
 
 
-def _criteria(concepts: Mapping[str, str]) -> list[str]:
-    """The criteria that are there, in words: "atypical pigment network", "regression with blue areas"."""
-    given = [(name, concepts[name]) for name in _CRITERIA if concepts.get(name, "absent") not in _ABSENT]
+def _criteria(image: Known) -> list[str]:
+    """The criteria that are there, in words: "atypical pigment network", "regression with blue areas".
+
+    Of a clinical photograph only the elevation is said: the checklist is of the case's dermoscopic image.
+    """
+    is_dermoscopic = image.modality is Modality.DERMOSCOPIC
+    names = [name for name in _CRITERIA if is_dermoscopic or name == "elevation"]
+    given = [(name, image.concepts[name]) for name in names if image.concepts.get(name, "absent") not in _ABSENT]
     return [_CRITERIA_IN_OTHER_WORDS.get((name, value)) or _CRITERIA[name].format(value) for name, value in given]

@@ -102,6 +102,11 @@ def test_the_7_point_criteria_are_said_in_words(concepts, words):
     assert caption({"diagnosis": "mel", "concepts": list(concepts.items())}) == f"Melanoma, {words}"
 
 
+def test_a_clinical_photograph_shows_no_dermoscopic_criteria():
+    concepts = {"pigment_network": "atypical", "blue_whitish_veil": "present", "elevation": "nodular"}
+    assert caption({"diagnosis": "mel", "modality": "clinical", "concepts": concepts}) == "Melanoma, nodular lesion"
+
+
 @pytest.mark.parametrize("value", ["absent", "", " ", None, math.nan, "unknown", "Absent"])
 def test_a_criterion_that_is_absent_is_not_said(value):
     names = ["pigment_network", "streaks", "pigmentation", "regression_structures", "dots_and_globules"]
