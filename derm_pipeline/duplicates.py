@@ -43,7 +43,7 @@ NEAR_DUPLICATE_SCHEMA = pa.schema(
         pa.field("num_pairs", pa.int64(), nullable=False),
     ]
 )
-"""Columns of the near-duplicates: distance is the number of differing bits, num_pairs the image pairs that the row stands
+"""Columns of the near-duplicates: distance is the number of differing bits, num_pairs the image pairs that a row stands
 for."""
 
 
@@ -53,11 +53,11 @@ class NearDuplicateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_distance: int = Field(default=4, ge=0, le=16)
-    """Bits of 64 in which two perceptual hashes may differ. Always an even number, since half of all bits are set.
+    """Bits of 64 in which two perceptual hashes may differ; nearly always even, since half of all bits are set.
 
-    On HAM10000 (200 x 150), 4 finds >= 98.8 % of 600 images compressed again, halved in size, made brighter or tinted,
-    41 % of those cropped by 5 % (6: 70 %), and of 50 million pairs 95 of the same lesion and 66 of different ones (2: 50
-    and 5; 6: 143 and 337)."""
+    On HAM10000 (200 x 150) 4 finds at least 98.8 % of 600 images compressed again, halved in size, made brighter or
+    tinted, and 41 % of those cropped by 5 % (6: 70 %). Of its 3,207 pairs of one lesion and 50 million of two it finds
+    95 and 66 (2: 50 and 5; 6: 143 and 337; 10: 203 and 4,869)."""
     max_rows: int = Field(default=1_000_000, ge=1)
     """Rows kept of pairs with different hashes, the closest ones; those beyond are counted."""
 
@@ -67,8 +67,8 @@ class NearDuplicates:
     """The images that look alike."""
 
     pairs: pa.Table
-    """`NEAR_DUPLICATE_SCHEMA`, the closest first. Images with one hash are a group: each of them is named once, with the
-    group's first image, and only the first stands for the group elsewhere."""
+    """`NEAR_DUPLICATE_SCHEMA`, the closest first. Images with one hash are a group: each is named once, with the first
+    of the group, and only the first stands for the group elsewhere."""
     num_pairs: dict[int, int]
     """Image pairs at each distance, also those that have no row of their own."""
     num_rows_left_out: int

