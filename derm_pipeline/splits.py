@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from derm_pipeline.records import Split
-from derm_pipeline.sources.identity import archive_names
+from derm_pipeline.sources.identity import shared_names
 
 Ints = npt.NDArray[np.int64]
 
@@ -170,7 +170,7 @@ def _components(rows: pa.Table) -> Ints:
     from scipy.sparse.csgraph import connected_components
 
     row, name, num_names = [], [], 0
-    for _, names in _shared_names(rows):
+    for _, names in shared_names(rows):
         codes = names.dictionary_encode()
         is_named = np.asarray(codes.is_valid())
         row.append(np.flatnonzero(is_named))
@@ -180,20 +180,6 @@ def _components(rows: pa.Table) -> Ints:
     size = len(rows) + num_names
     graph = coo_array((np.ones(len(edges[0]), bool), edges), shape=(size, size))
     return np.asarray(connected_components(graph, directed=False)[1][: len(rows)], np.int64)
-
-
-def _shared_names(rows: pa.Table) -> Iterator[tuple[str, pa.Array]]:
-    """What joins rows: (what it is, the name or null of every row)."""
-    yield "lesion", _scoped(rows, "lesion_id")
-    yield "patient", _scoped(rows, "patient_id")
-    yield "digest", rows["sha256"].combine_chunks()
-    yield "image", archive_names(rows["image_id"])
-
-
-def _scoped(rows: pa.Table, column: str) -> pa.Array:
-    """An id made unique by its source, unless it is an archive's, which means the same everywhere."""
-    ids = pc.if_else(pc.equal(rows[column], ""), None, rows[column])
-    return pc.coalesce(archive_names(ids), pc.binary_join_element_wise(rows["source"], ids, "/")).combine_chunks()
 
 
 def _place(records: pa.Table, group: Ints, side: Ints, is_out: npt.NDArray[np.bool_], config: SplitConfig) -> None:
@@ -363,7 +349,7 @@ def split_problems(table: pa.Table) -> list[str]:
             problems.append(f"image {name} has no split and no reason for that")
         if split is not None and reason is not None:
             problems.append(f"image {name} is in {split} although it is withheld: {reason}")
-    for kind, shared in _shared_names(table):
+    for kind, shared in shared_names(table):
         rows = pa.table({"shared": shared, "split": table["split"].combine_chunks(), "image": names})
         rows = rows.filter(pc.and_(shared.is_valid(), rows["split"].is_valid())).sort_by([("image", "ascending")])
         found = rows.group_by("shared", use_threads=False).aggregate(

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 # ISIC 2019 calls a reduced image ISIC_0000091_downsampled and keeps the lesion_id of HAM10000 and of BCN20000.
-_ARCHIVE = r"^(?P<name>(?:ISIC|HAM|BCN|MSK4|IL|IP)_[0-9]{4,})(?:_downsampled)?$"
+# Fitzpatrick17k names an image by the md5 of its published bytes, and so does every selection of it.
+_ARCHIVE = r"^(?P<name>(?:ISIC|HAM|BCN|MSK4|IL|IP)_[0-9]{4,}|[0-9a-f]{32})(?:_downsampled)?$"
 
 
 def archive_names(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
