@@ -225,7 +225,8 @@ def how_to_get(name: str) -> str:
         images = download.images
         lines.append(f"  the images that {images.table} lists{_size(images.about_bytes)} from {images.base_url}")
     if download.about_bytes is not None:
-        lines.append(f"  In all about {in_words(download.about_bytes)}; zip archives take as much again when unpacked.")
+        again = "; zip archives take as much again when unpacked" if any(".zip" in line for line in lines) else ""
+        lines.append(f"  In all about {in_words(download.about_bytes)}{again}.")
     if download.missing:
         lines.append(f"  {download.missing}")
     return "\n".join(lines) + "\n"
