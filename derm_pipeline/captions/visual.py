@@ -1,14 +1,15 @@
-"""Image -> caption: what is visible, and nothing of what is only known.
+"""Image -> caption: what is visible.
 
-`Captioner` is the seam: whatever looks at pictures and writes a sentence each. The embedded one measures the picture;
-captioners that are neural networks join `CAPTIONERS` beside it. None names a diagnosis.
+The descriptor measures the picture and writes one sentence; it names no diagnosis and needs no weights. Captioners that
+are neural networks are asked with a prompt instead (`prompted`, `symptoms`) and fall back to the descriptor. All of
+them give a table with `VISUAL_CAPTION_SCHEMA`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Protocol
+from typing import Literal, Protocol
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from derm_pipeline.captions.descriptors import COLOURS, Colour, Measurements, measure
 from derm_pipeline.captions.segmentation import Mask, see
 from derm_pipeline.images import Pixels
+from derm_pipeline.records import Modality
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Captioner(Protocol):
         *,
         hair_masks: Sequence[Mask] | None = None,
         is_hairy: Sequence[bool] | None = None,
+        modalities: Sequence[Modality] | None = None,
     ) -> list[VisualCaption]:
         """One caption an image, in order; an image's caption does not depend on the others in the batch.
 
@@ -47,6 +50,7 @@ class Captioner(Protocol):
             images: uint8 RGB, each (h, w, 3); sizes may differ.
             hair_masks: Where each image shows hair, (h, w), if known.
             is_hairy: Whether each image counts as hairy, if known; it overrules what the captioner sees.
+            modalities: How each image was taken; dermoscopic where left out.
 
         Raises:
             ValueError: an image is not uint8 RGB, or the lengths differ.
@@ -54,11 +58,13 @@ class Captioner(Protocol):
         ...
 
 
-class MeasuredCaptionerConfig(BaseModel):
+class DescriptorConfig(BaseModel):
     """From which measurement on a word is said."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["descriptor"] = "descriptor"
+    """Which captioner."""
     colour_fraction: float = Field(default=0.08, gt=0, le=1)
     """A colour is named when it covers at least this fraction of the lesion."""
     small_fraction: float = Field(default=0.1, ge=0, le=1)
@@ -93,13 +99,13 @@ class MeasuredCaptionerConfig(BaseModel):
     """Dark corners over more than this part of the picture are worth a word."""
 
 
-class MeasuredCaptioner:
-    """The embedded captioner: measures each picture and writes one deterministic sentence of fewer than 60 words."""
+class DescriptorCaptioner:
+    """Measures each picture and writes one deterministic sentence of fewer than 60 words."""
 
-    name = "measured"
+    name = "descriptor"
 
-    def __init__(self, config: MeasuredCaptionerConfig | None = None) -> None:
-        self.config = config or MeasuredCaptionerConfig()
+    def __init__(self, config: DescriptorConfig | None = None) -> None:
+        self.config = config or DescriptorConfig()
 
     def describe(
         self,
@@ -107,9 +113,10 @@ class MeasuredCaptioner:
         *,
         hair_masks: Sequence[Mask] | None = None,
         is_hairy: Sequence[bool] | None = None,
+        modalities: Sequence[Modality] | None = None,
     ) -> list[VisualCaption]:
         """See `Captioner.describe`."""
-        for name, given in (("hair_masks", hair_masks), ("is_hairy", is_hairy)):
+        for name, given in (("hair_masks", hair_masks), ("is_hairy", is_hairy), ("modalities", modalities)):
             if given is not None and len(given) != len(images):
                 raise ValueError(f"{name} has {len(given)} entries for {len(images)} images; give one for each image")
         captions = []
@@ -117,32 +124,36 @@ class MeasuredCaptioner:
             scene = see(image, None if hair_masks is None else hair_masks[position])
             measurements = measure(scene)
             flag = None if is_hairy is None else bool(is_hairy[position])
-            captions.append(VisualCaption(sentence(measurements, flag, self.config), measurements))
+            modality = Modality.DERMOSCOPIC if modalities is None else modalities[position]
+            captions.append(VisualCaption(sentence(measurements, flag, self.config, modality), measurements))
         return captions
 
 
-CAPTIONERS: dict[str, Callable[[], Captioner]] = {"measured": MeasuredCaptioner}
+CAPTIONERS: dict[str, Callable[[], Captioner]] = {"descriptor": DescriptorCaptioner}
 """Every captioner by name, as a function that makes one with its default settings."""
 
 
 def sentence(
-    measured: Measurements, is_hairy: bool | None = None, config: MeasuredCaptionerConfig | None = None
+    measured: Measurements,
+    is_hairy: bool | None = None,
+    config: DescriptorConfig | None = None,
+    modality: Modality = Modality.DERMOSCOPIC,
 ) -> str:
     """The measurements in words; what is below its threshold is not said."""
-    config = config or MeasuredCaptionerConfig()
+    config = config or DescriptorConfig()
     skin = f"{measured.skin_type.phrase} skin"
     artefacts = _artefacts(measured, is_hairy, config)
     ending = f"; {_listed(artefacts)} visible" if artefacts else ""
     if not measured.has_lesion:
-        return f"dermoscopic image of {skin} on which no lesion stands out{ending}"
-    parts = [f"dermoscopic image of a {_outline(measured, config)} on {skin}", _colours(measured, config)]
+        return f"{modality} image of {skin} on which no lesion stands out{ending}"
+    parts = [f"{modality} image of a {_outline(measured, config)} on {skin}", _colours(measured, config)]
     structures = _structures(measured, config)
     if structures:
         parts.append(f"with {_listed(structures)}")
     return ", ".join(parts) + ending
 
 
-def _outline(measured: Measurements, config: MeasuredCaptionerConfig) -> str:
+def _outline(measured: Measurements, config: DescriptorConfig) -> str:
     """Size, symmetry and border; a lesion that the view cuts off has neither a shape nor a border to speak of."""
     if measured.cut_off_fraction > 0.1:
         return "large lesion that reaches beyond the view"
@@ -169,7 +180,7 @@ def _outline(measured: Measurements, config: MeasuredCaptionerConfig) -> str:
     return f"{size}, {symmetry} lesion{ending}"
 
 
-def _colours(measured: Measurements, config: MeasuredCaptionerConfig) -> str:
+def _colours(measured: Measurements, config: DescriptorConfig) -> str:
     shares = {colour: measured.colour_fraction(colour) for colour in COLOURS}
     named: list[Colour] = [colour for colour in COLOURS if shares[colour] >= config.colour_fraction]
     named.sort(key=lambda colour: -shares[colour])
@@ -182,7 +193,7 @@ def _colours(measured: Measurements, config: MeasuredCaptionerConfig) -> str:
     return f"mostly {named[0]} with {_listed(named[1:])}"
 
 
-def _structures(measured: Measurements, config: MeasuredCaptionerConfig) -> list[str]:
+def _structures(measured: Measurements, config: DescriptorConfig) -> list[str]:
     found = []
     has_network = (
         measured.network_fraction > config.network_fraction
@@ -203,7 +214,7 @@ def _structures(measured: Measurements, config: MeasuredCaptionerConfig) -> list
     return found
 
 
-def _artefacts(measured: Measurements, is_hairy: bool | None, config: MeasuredCaptionerConfig) -> list[str]:
+def _artefacts(measured: Measurements, is_hairy: bool | None, config: DescriptorConfig) -> list[str]:
     if is_hairy is None:
         is_hairy = measured.hair_fraction > config.hair_fraction
     corners = measured.dark_corner_fraction > config.dark_corner_fraction
@@ -221,12 +232,25 @@ VISUAL_CAPTION_SCHEMA = pa.schema(
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("captioner", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
+        pa.field("model", pa.string()),
+        pa.field("verdict", pa.string()),
+        pa.field("raw_answer", pa.string()),
+        pa.field("gate_reasons", pa.list_(pa.string())),
+        pa.field("attempts", pa.int32()),
+        pa.field("seed", pa.int64()),
+        pa.field("num_tokens", pa.int32()),
+        pa.field("prompt", pa.string()),
+        pa.field("question_digest", pa.string()),
         pa.field("skin_tone", pa.string()),
         pa.field("estimated_skin_type", pa.int32()),
         *(pa.field(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(Measurements)),
     ]
 )
-"""Column names and types of the `visual_captions` table; measurements are null where the captioner measures nothing."""
+"""Column names and types of the `visual_captions` table.
+
+From `model` to `question_digest`: how a prompted captioner came to the text (see `symptoms`), null for the descriptor.
+From `skin_tone` on: what the descriptor measured, null where the text is not its own.
+"""
 
 
 def visual_captions_table(image_ids: Sequence[str], captions: Sequence[VisualCaption], captioner: str) -> pa.Table:
@@ -239,9 +263,13 @@ def visual_captions_table(image_ids: Sequence[str], captions: Sequence[VisualCap
         raise ValueError(f"{len(captions)} captions for {len(image_ids)} image ids; give one for each")
     rows = []
     for image_id, caption in zip(image_ids, captions, strict=True):
-        row: dict[str, object] = {"image_id": image_id, "captioner": captioner, "text": caption.text}
-        measured = caption.measurements
-        if measured is not None:
-            row |= {"skin_tone": measured.skin_tone, "estimated_skin_type": int(measured.skin_type)} | asdict(measured)
-        rows.append(row)
+        rows.append({"image_id": image_id, "captioner": captioner, "text": caption.text} | measured_columns(caption))
     return pa.Table.from_pylist(rows, schema=VISUAL_CAPTION_SCHEMA)
+
+
+def measured_columns(caption: VisualCaption) -> dict[str, object]:
+    """What was measured, by column of `VISUAL_CAPTION_SCHEMA`; nothing where the captioner measures nothing."""
+    measured = caption.measurements
+    if measured is None:
+        return {}
+    return {"skin_tone": measured.skin_tone, "estimated_skin_type": int(measured.skin_type)} | asdict(measured)

@@ -15,13 +15,13 @@ from derm_pipeline.captions.metadata import names_unknown
 from derm_pipeline.captions.visual import (
     CAPTIONERS,
     VISUAL_CAPTION_SCHEMA,
-    MeasuredCaptioner,
-    MeasuredCaptionerConfig,
+    DescriptorCaptioner,
+    DescriptorConfig,
     VisualCaption,
     sentence,
     visual_captions_table,
 )
-from derm_pipeline.records import Diagnosis
+from derm_pipeline.records import Diagnosis, Modality
 from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
 
 DISEASE = re.compile(
@@ -102,8 +102,16 @@ def test_measurements_become_these_sentences(changes, is_hairy, text):
     assert sentence(measured(**changes), is_hairy) == text
 
 
+def test_the_sentence_says_how_the_image_was_taken():
+    assert sentence(measured(), modality=Modality.CLINICAL).startswith("clinical image of a medium-sized")
+    image = phantoms(1)[0].image
+    dermoscopic, clinical = DescriptorCaptioner().describe([image] * 2, modalities=["dermoscopic", "clinical"])
+    assert clinical.text == dermoscopic.text.replace("dermoscopic", "clinical")
+    assert clinical.measurements == dermoscopic.measurements
+
+
 def test_a_threshold_of_the_settings_decides():
-    config = MeasuredCaptionerConfig(colour_fraction=0.01)
+    config = DescriptorConfig(colour_fraction=0.01)
     assert sentence(measured(black=0.02), config=config).endswith("mostly dark brown with black")
     assert sentence(measured(black=0.02)).endswith("dark brown")
 
@@ -112,7 +120,7 @@ def test_a_threshold_of_the_settings_decides():
 @given(st.integers(0, 2**32 - 1), st.integers(8, 90), st.integers(8, 90))
 def test_noise_of_any_shape_gets_a_finite_sentence(seed, height, width):
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-    [caption] = MeasuredCaptioner().describe([image])
+    [caption] = DescriptorCaptioner().describe([image])
     assert caption.text.startswith("dermoscopic image of ")
     assert all(np.isfinite(value) for value in vars(caption.measurements).values())
 
@@ -124,7 +132,7 @@ def phantoms(count):
 
 def test_a_caption_depends_on_its_own_image_only():
     images = [phantom.image for phantom in phantoms(8)]
-    captioner = MeasuredCaptioner()
+    captioner = DescriptorCaptioner()
     together = captioner.describe(images)
     assert together == captioner.describe(images)
     assert together[::-1] == captioner.describe(images[::-1])
@@ -135,7 +143,7 @@ def test_a_caption_depends_on_its_own_image_only():
 def test_captions_of_phantoms_differ_and_know_hair_when_told():
     drawn = phantoms(60)
     hairy = ["hair" in phantom.artefacts for phantom in drawn]
-    captions = MeasuredCaptioner().describe(
+    captions = DescriptorCaptioner().describe(
         [phantom.image for phantom in drawn], hair_masks=[phantom.hair_mask for phantom in drawn], is_hairy=hairy
     )
     assert [("hairs" in caption.text) for caption in captions] == hairy
@@ -151,31 +159,33 @@ def test_the_seam_holds_every_captioner_under_its_name():
 
 
 def test_captions_become_a_table_with_its_schema():
-    captions = [*MeasuredCaptioner().describe([phantoms(1)[0].image]), VisualCaption("a lesion")]
-    table = visual_captions_table(["a", "b"], captions, "measured")
+    captions = [*DescriptorCaptioner().describe([phantoms(1)[0].image]), VisualCaption("a lesion")]
+    table = visual_captions_table(["a", "b"], captions, "descriptor")
     assert table.schema == VISUAL_CAPTION_SCHEMA
     row, other = table.to_pylist()
     assert row["text"] == captions[0].text
     assert row["ita_deg"] == captions[0].measurements.ita_deg
     assert row["estimated_skin_type"] == int(captions[0].measurements.skin_type)
     assert other["ita_deg"] is None
-    assert visual_captions_table([], [], "measured").schema == pa.schema(VISUAL_CAPTION_SCHEMA)
+    assert row["verdict"] is row["raw_answer"] is row["gate_reasons"] is None
+    assert visual_captions_table([], [], "descriptor").schema == pa.schema(VISUAL_CAPTION_SCHEMA)
 
 
 def test_lists_of_other_lengths_are_refused():
     image = np.zeros((16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match="is_hairy has 2 entries for 1 images"):
-        MeasuredCaptioner().describe([image], is_hairy=[True, False])
+        DescriptorCaptioner().describe([image], is_hairy=[True, False])
     with pytest.raises(ValueError, match="hair_masks has 0 entries for 1 images"):
-        MeasuredCaptioner().describe([image], hair_masks=[])
+        DescriptorCaptioner().describe([image], hair_masks=[])
     with pytest.raises(ValueError, match="0 captions for 1 image ids"):
-        visual_captions_table(["a"], [], "measured")
+        visual_captions_table(["a"], [], "descriptor")
 
 
 def test_captions_import_neither_torch_nor_their_siblings():
     code = (
-        "import sys, derm_pipeline.captions.visual, derm_pipeline.captions.metadata;"
-        "bad = {'torch', 'scipy', 'pandas', 'dagster', 'derm_pipeline.hair'} & set(sys.modules);"
+        "import sys, derm_pipeline.captions.metadata, derm_pipeline.captions.symptoms;"
+        "bad = {'torch', 'transformers', 'openai', 'scipy', 'pandas', 'dagster', 'derm_pipeline.hair'};"
+        "bad &= set(sys.modules);"
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,276 @@
+"""The Visual Symptom Generator: asks a captioner about every image, judges the answers, keeps every one of them.
+
+Answers are written as soon as they are there, a small file a batch. So the table follows from the files: who runs it
+again after an interruption asks only what was not answered yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from derm_pipeline.artifacts import digest_of_json, write_table
+from derm_pipeline.captions.claims import Facts
+from derm_pipeline.captions.gate import Gate
+from derm_pipeline.captions.llava_next import LlavaNextCaptioner, LlavaNextConfig
+from derm_pipeline.captions.openai_server import OpenAiCaptioner, OpenAiConfig
+from derm_pipeline.captions.prompted import PromptedCaptioner, seed_of
+from derm_pipeline.captions.prompts import Answer, Prompt, Question, make_prompt
+from derm_pipeline.captions.visual import (
+    VISUAL_CAPTION_SCHEMA,
+    Captioner,
+    DescriptorCaptioner,
+    DescriptorConfig,
+    VisualCaption,
+    measured_columns,
+)
+from derm_pipeline.images import Pixels, decode, read_bytes
+from derm_pipeline.records import Modality
+
+CaptionerConfig = Annotated[DescriptorConfig | LlavaNextConfig | OpenAiConfig, Field(discriminator="kind")]
+"""The settings of any captioner; `kind` says which."""
+
+SYMPTOM_SCHEMA = pa.schema([pa.field("sha256", pa.string(), nullable=False), *list(VISUAL_CAPTION_SCHEMA)[1:]])
+"""The `visual_captions` table before source and image_id are added: one row an image digest."""
+
+_CODE = 1
+"""Raised when the same answers would give other rows."""
+_PARTS = "answers-"
+_PART_SCHEMA = pa.schema(
+    [
+        pa.field("question_digest", pa.string(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("is_complete", pa.bool_()),
+        pa.field("problem", pa.string(), nullable=False),
+    ]
+)
+
+
+def make_captioner(config: CaptionerConfig, *, api_key: str | None = None) -> Captioner | PromptedCaptioner:
+    """The captioner that the settings describe.
+
+    Args:
+        config: Its settings.
+        api_key: The key of the server, where the settings name one.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be made; see each captioner.
+    """
+    if isinstance(config, LlavaNextConfig):
+        return LlavaNextCaptioner(config)
+    if isinstance(config, OpenAiConfig):
+        return OpenAiCaptioner(config, api_key=api_key)
+    return DescriptorCaptioner(config)
+
+
+@dataclass(frozen=True)
+class ImageToCaption:
+    """One image, and what is known of it."""
+
+    path: Path
+    sha256: str
+    """Of the file's bytes."""
+    facts: Facts = Facts()
+    label: str | None = None
+    """The class name, told to the captioner where its settings say so."""
+    hair_mask_png: bytes | None = None
+    """Where hair is (grey PNG): for the descriptor's sentence."""
+
+
+@dataclass
+class _Case:
+    """An image on its way to a row."""
+
+    item: ImageToCaption
+    prompt: Prompt
+    digest: str
+    refused: list[str] = field(default_factory=list)
+    """Why each answer so far was refused."""
+    last_answer: str = ""
+
+
+def describe_all(
+    items: Sequence[ImageToCaption],
+    captioner: PromptedCaptioner,
+    gate: Gate,
+    *,
+    work: Path,
+    batch_size: int | None = None,
+    previous: pa.Table | None = None,
+    fallback: Captioner | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> pa.Table:
+    """The captions of all images, in their order, with `SYMPTOM_SCHEMA`.
+
+    An image is asked about until an answer passes the gate or the attempts are used up; then the fallback's sentence
+    stands in, the verdict is "fallback", and its measurements are in the row. A row or answer made before is taken up
+    where the image, the prompt, what is known and the settings are the same (`question_digest`).
+
+    Args:
+        items: The images; those with the same bytes, prompt and facts are asked about once.
+        captioner: Answers.
+        gate: Judges.
+        work: A folder for the answers so far; to be kept when interrupted, and removed when the table is safe.
+        batch_size: How many are asked about at once; that of the captioner's settings when left out.
+        previous: An earlier table, whose rows are taken up.
+        fallback: Stands in; the descriptor when left out.
+        on_progress: Called with (images done, images).
+
+    Raises:
+        ValueError: an image's bytes are missing, broken or not those of its digest.
+        OSError, ValueError: the captioner cannot answer; see `PromptedCaptioner.answer`. What it answered is kept.
+    """
+    cases = [_case(item, captioner, gate) for item in items]
+    unique = {case.digest: case for case in cases}
+    rows = _taken_up(previous, set(unique))
+    run = _Run(captioner, gate, fallback or DescriptorCaptioner(), work, rows)
+    run.replay(unique)
+    waiting = deque(case for digest, case in unique.items() if digest not in rows)
+    size = batch_size or captioner.config.batch_size
+    while waiting:
+        batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+        # Refused ones first in the next batch: batches stay full, and none waits for the end.
+        waiting.extendleft(reversed(run.ask(batch)))
+        if on_progress:
+            on_progress(len(unique) - len(waiting), len(unique))
+    return pa.Table.from_pylist(
+        [rows[case.digest] | {"sha256": case.item.sha256} for case in cases], schema=SYMPTOM_SCHEMA
+    )
+
+
+def _case(item: ImageToCaption, captioner: PromptedCaptioner, gate: Gate) -> _Case:
+    config = captioner.config
+    label = item.label if config.tell_label else None
+    prompt = make_prompt(item.facts.modality, label, max_words=config.max_words)
+    identity = {
+        "code": _CODE,
+        "image": item.sha256,
+        "prompt": prompt.text,
+        "facts": vars(item.facts),
+        "captioner": config.identity(),
+        "gate": gate.config.model_dump(mode="json"),
+    }
+    return _Case(item, prompt, digest_of_json(identity))
+
+
+def _taken_up(previous: pa.Table | None, digests: set[str]) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier table that are wanted, by question digest."""
+    if previous is None or "question_digest" not in previous.column_names:
+        return {}
+    names = [name for name in SYMPTOM_SCHEMA.names if name in previous.column_names]
+    wanted = previous.select(names).filter(pa.compute.is_in(previous["question_digest"], pa.array(sorted(digests))))
+    return {row["question_digest"]: row for row in wanted.to_pylist()}
+
+
+@dataclass
+class _Run:
+    """Asks, keeps and judges."""
+
+    captioner: PromptedCaptioner
+    gate: Gate
+    fallback: Captioner
+    work: Path
+    rows: dict[str, dict[str, Any]]
+    """The finished rows by question digest; grows."""
+
+    def replay(self, cases: dict[str, _Case]) -> None:
+        """Take up the answers of an interrupted run."""
+        parts = [pq.read_table(path, schema=_PART_SCHEMA) for path in sorted(self.work.glob(f"{_PARTS}*.parquet"))]
+        answers = pa.concat_tables(parts).sort_by("attempt").to_pylist() if parts else []
+        for row in answers:
+            case = cases.get(row["question_digest"])
+            if case is not None and case.digest not in self.rows and row["attempt"] == len(case.refused):
+                self._settle(case, Answer(row["text"], row["is_complete"], row["problem"]))
+
+    def ask(self, batch: Sequence[_Case]) -> list[_Case]:
+        """Ask about each image once; those that are to be asked about again."""
+        answers = self.captioner.answer([self._question(case) for case in batch])
+        self._keep(batch, answers)
+        for case, answer in zip(batch, answers, strict=True):
+            self._settle(case, answer)
+        return [case for case in batch if case.digest not in self.rows]
+
+    def _seed(self, case: _Case) -> int:
+        return seed_of(self.captioner.config.seed, case.item.sha256, len(case.refused))
+
+    def _question(self, case: _Case) -> Question:
+        # A JPEG may be decoded smaller: no smaller than what the captioner is shown.
+        reduce_to_px = math.isqrt(self.captioner.config.max_pixels) + 1
+        return Question(_read(case.item, reduce_to_px), case.prompt, self._seed(case))
+
+    def _keep(self, batch: Sequence[_Case], answers: Sequence[Answer]) -> None:
+        rows = [
+            {"question_digest": case.digest, "attempt": len(case.refused), **vars(answer)}
+            for case, answer in zip(batch, answers, strict=True)
+        ]
+        self.work.mkdir(parents=True, exist_ok=True)
+        name = f"{_PARTS}{batch[0].digest[:24]}-{len(batch[0].refused)}.parquet"
+        write_table(self.work / name, pa.Table.from_pylist(rows, schema=_PART_SCHEMA))
+
+    def _settle(self, case: _Case, answer: Answer) -> None:
+        """Judge an answer: the image has its row, or one refusal more."""
+        seed = self._seed(case)
+        verdict = self.gate.judge(answer, case.item.facts, case.prompt)
+        case.last_answer = answer.text
+        if not verdict.accepted:
+            case.refused.append(str(verdict))
+        if verdict.accepted:
+            self._finish(case, "accepted", VisualCaption(verdict.text), len(case.refused) + 1, seed)
+        elif len(case.refused) >= self.captioner.config.num_attempts:
+            self._finish(case, "fallback", self._stand_in(case), len(case.refused), seed)
+
+    def _finish(self, case: _Case, verdict: str, caption: VisualCaption, attempts: int, seed: int) -> None:
+        count = self.gate.count_tokens
+        self.rows[case.digest] = {
+            "captioner": self.captioner.name,
+            "text": caption.text,
+            "model": self.captioner.model,
+            "verdict": verdict,
+            "raw_answer": case.last_answer,
+            "gate_reasons": list(case.refused),
+            "attempts": attempts,
+            "seed": seed,
+            "num_tokens": None if count is None else count(caption.text),
+            "prompt": case.prompt.text,
+            "question_digest": case.digest,
+        } | measured_columns(caption)
+
+    def _stand_in(self, case: _Case) -> VisualCaption:
+        """The descriptor's sentence; it knows skin only, so an endoscopic image gets the words of its prompt."""
+        item = case.item
+        if item.facts.modality is Modality.ENDOSCOPIC:
+            return VisualCaption(case.prompt.opening)
+        mask, is_hairy = item.hair_mask_png, item.facts.is_hairy
+        [caption] = self.fallback.describe(
+            [_read(item)],
+            hair_masks=None if mask is None else [_mask(mask)],
+            is_hairy=None if is_hairy is None else [is_hairy],
+            modalities=[item.facts.modality],
+        )
+        return caption
+
+
+def _read(item: ImageToCaption, reduce_to_px: int | None = None) -> Pixels:
+    try:
+        content = read_bytes(item.path)
+        if hashlib.sha256(content).hexdigest() != item.sha256:
+            raise ValueError("its bytes are no longer those of its record; make the records again")
+        return decode(content, reduce_to_px=reduce_to_px)
+    except ValueError as error:
+        raise ValueError(f"{item.path}: {error}") from error
+
+
+def _mask(png: bytes) -> np.ndarray:
+    return np.asarray(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)) > 127
