@@ -128,8 +128,6 @@ class OpenAiCaptioner:
             raise ValueError(
                 f"{url} does not know the address or the model {self.model!r} ({_short(error)})"
             ) from error
-        except openai.APITimeoutError:
-            return Answer("", None, f"{_REFUSED}no answer within {self.config.timeout_s:g} s")
         except (openai.RateLimitError, openai.APIConnectionError) as error:
             tries = self.config.max_retries + 1
             raise ConnectionError(f"{url} did not answer in {tries} tries ({_short(error)})") from error
