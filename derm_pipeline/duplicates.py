@@ -157,26 +157,25 @@ def near_duplicates(statistics: pa.Table, config: NearDuplicateConfig | None = N
     return NearDuplicates(_pair_table(statistics, rows), found, kept.num_left_out)
 
 
-def between_groups(pairs: pa.Table, splits: pa.Table) -> pa.Table:
-    """The near-duplicates whose images are in different groups, so that they may be on different sides.
+def in_two_splits(pairs: pa.Table, splits: pa.Table) -> pa.Table:
+    """The near-duplicates whose images are in different splits, with the columns split_a and split_b.
 
     Args:
         pairs: `NEAR_DUPLICATE_SCHEMA`.
-        splits: a table with source, image_id and group_id for every image of them.
+        splits: a table with source, image_id and split (null for an image that is in none) for every image of them.
 
     Raises:
         ValueError: an image has no row in `splits`.
     """
     names = pc.binary_join_element_wise(splits["source"], splits["image_id"], "/")
-    sides = []
     for side in ("a", "b"):
         image = pc.binary_join_element_wise(pairs[f"source_{side}"], pairs[f"image_{side}"], "/")
         place = pc.index_in(image, value_set=names)
         if place.null_count:
             missing = image.filter(place.is_null())[0].as_py()
             raise ValueError(f"image {missing} has no row in the splits; near-duplicates must be of the same images")
-        sides.append(splits["group_id"].take(place))
-    return pairs.filter(pc.not_equal(*sides))
+        pairs = pairs.append_column(f"split_{side}", splits["split"].take(place))
+    return pairs.filter(pc.not_equal(pairs["split_a"], pairs["split_b"]))
 
 
 def _members(group: Ints, first: Ints) -> tuple[Ints, Ints]:

@@ -14,7 +14,7 @@ from derm_pipeline.duplicates import (
     NEAR_DUPLICATE_SCHEMA,
     SHARED_SCHEMA,
     NearDuplicateConfig,
-    between_groups,
+    in_two_splits,
     join_counts,
     near_duplicates,
     shared_images,
@@ -126,12 +126,17 @@ def test_a_hundred_thousand_hashes_take_seconds():
     assert sum(found.num_pairs.values()) > 150
 
 
-def test_only_pairs_of_different_groups_are_between_groups():
+def test_images_that_look_alike_in_two_splits_are_told():
     pairs = near_duplicates(table([0, 0, 3])).pairs
-    splits = table([0, 0, 3]).append_column("group_id", pa.array(["g", "g", "h"]))
-    assert between_groups(pairs, splits)["image_b"].to_pylist() == ["I000002"]
+    splits = table([0, 0, 3]).append_column("split", pa.array(["train", "train", "test"]))
+    found = in_two_splits(pairs, splits)
+    assert found.select(["image_b", "split_a", "split_b"]).to_pylist() == [
+        {"image_b": "I000002", "split_a": "train", "split_b": "test"}
+    ]
+    withheld = splits.set_column(4, "split", pa.array(["train", "train", None]))
+    assert in_two_splits(pairs, withheld).num_rows == 0
     with pytest.raises(ValueError, match="x/I000001 has no row in the splits"):
-        between_groups(pairs, splits.take([0, 2]))
+        in_two_splits(pairs, splits.take([0, 2]))
 
 
 def records(rows: list[tuple[str, str, str, str | None, str | None]]) -> pa.Table:
