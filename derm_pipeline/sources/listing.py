@@ -164,7 +164,7 @@ def pair(
         As many candidates and quarantined rows as there are rows, and one quarantined file for each file without a row.
     """
     rows = list(rows)
-    named = _files_by_row_id({row.cells.get(id_column, "") for row in rows}, files)
+    named = files_by_name({row.cells.get(id_column, "") for row in rows}, files)
     candidates: dict[str, Candidate] = {}
     quarantined: list[Quarantined] = []
     lines: dict[str, int] = {}
@@ -195,7 +195,7 @@ def pair(
 _SEVERAL_FILES = "several files for one image_id: {}; keep one"
 
 
-def _files_by_row_id(image_ids: Collection[str], files: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+def files_by_name(image_ids: Collection[str], files: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
     """The files of every image_id of the table that has some: by the same name, else by one that differs in case only.
 
     Files are given by case to one image_id only, and never those that another row names exactly: where two rows want
@@ -257,11 +257,6 @@ def _as_text(name: str) -> str:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:80] + " ...")
-
-
-def parse_text(text: str) -> str | None:
-    """The cell as it is; None for the spellings of unknown, lest all rows with "NaN" share one lesion or patient."""
-    return None if text.lower() in UNKNOWN_WORDS else text
 
 
 def parse_word(vocabulary: type[_WORD], column: str, text: str) -> _WORD:

@@ -21,10 +21,10 @@ from derm_pipeline.sources.listing import (
     pair,
     parse_age,
     parse_mapped,
-    parse_text,
     parse_word_or_none,
     read_table,
 )
+from derm_pipeline.sources.words import known_or_none
 
 WORDS = ["nv", "mel", 'a "quoted" word', "front, left; upper", "Größe", "", "45.0", "two\nlines"]
 
@@ -278,7 +278,7 @@ def test_rows_that_differ_in_case_only_never_share_a_file(tmp_path):
 @pytest.mark.parametrize("word", ["", "NaN", "NA", "n/a", "None", "null", "NaT", "Not available", "<NA>", "unknown"])
 def test_every_spelling_of_unknown_is_none_in_every_kind_of_column(word):
     assert word.lower() in UNKNOWN_WORDS
-    assert parse_text(word) is None
+    assert known_or_none(word) is None
     assert parse_age("age", word) is None
     assert parse_word_or_none(Sex, "sex", word) is None
     assert parse_mapped({"torso": 1}, "site", word) is None
@@ -289,7 +289,7 @@ def test_every_spelling_of_unknown_is_none_in_every_kind_of_column(word):
 def test_a_word_of_the_source_goes_before_the_spellings_of_unknown():
     assert parse_mapped({"na": 7}, "code", "NA") == 7
     assert files_of(pair("own", [Row(2, {"image_id": "nan"})], {"nan": ["nan.jpg"]}, candidate)) == {"nan": "nan.jpg"}
-    assert parse_text("Nanette") == "Nanette"
+    assert known_or_none("Nanette") == "Nanette"
 
 
 def test_every_row_and_file_is_accounted_for_whatever_the_case_of_their_names(tmp_path):
