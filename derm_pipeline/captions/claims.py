@@ -247,6 +247,6 @@ _SKINS = _Vocabulary.of(
 # Only that there is no hair at all: whether few hairs count as hair is a matter of a threshold.
 _NO_HAIR = re.compile(
     r"(?<![\w-])(?:(?:no|without(?: any)?|absence of|lacks?(?: any)?|free of|devoid of) "
-    r"(?:(?:visible|apparent|any|body) )?hairs?(?! follic)|hairless|hair-free)(?![\w-])",
+    r"(?:(?:visible|apparent|any|body) )?(?:(?:\w+, ){0,3}\w+,? n?or )?hairs?(?! follic)|hairless|hair-free)(?![\w-])",
     re.IGNORECASE,
 )

@@ -231,6 +231,7 @@ CONTRADICTORY = [
     "It lies on the face.",
     "There is no hair visible.",
     "The area is hairless.",
+    "There are no visible dots, vessels or hairs.",
 ]
 AGREEING = [
     "It is a melanocytic nevus.",
@@ -254,6 +255,7 @@ AGREEING = [
     "A black ruler is on the right side.",
     "Hairs cross the lesion.",
     "There are no hair follicles.",
+    "There is no network, hairs cross the lesion.",
     "There is no thick hair over the centre.",
     "The border is not covered by hair.",
 ]
