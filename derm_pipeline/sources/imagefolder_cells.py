@@ -112,8 +112,12 @@ class CellReader:
 
     def _cell(self, cells: Mapping[str, str], name: str, *, lower: bool = False) -> tuple[str, str]:
         """The column's name in the table and the row's cell; a whole number that pandas made a float is one again."""
-        column = self.columns.get(name, name)
-        text = re.sub(r"^(-?[0-9]+)\.0+$", r"\1", cells.get(column, "") if name in self.columns else "")
+        column = self.columns.get(name)
+        if column is None:
+            return name, ""
+        text = cells.get(column, "")
+        if "." in text:
+            text = re.sub(r"^(-?[0-9]+)\.0+$", r"\1", text)
         return column, text.lower() if lower else text
 
     def _known(self, cells: Mapping[str, str], name: str) -> str | None:
