@@ -40,7 +40,7 @@ fidelity: {num_repeats: 2}
 group_metrics: {num_bootstrap: 100}
 """
 
-SOURCE_ASSETS = ("records", "hair", "metadata_captions", "visual_captions")
+SOURCE_ASSETS = ("records", "hair", "descriptors", "visual_captions", "metadata_captions")
 RECIPE_ASSETS = (
     "training_set",
     "evaluation_set",

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 
 from derm_pipeline.artifacts import digest_of_json, write_table
 from derm_pipeline.captions.claims import Facts
@@ -27,22 +26,11 @@ from derm_pipeline.captions.llava_next import LlavaNextCaptioner, LlavaNextConfi
 from derm_pipeline.captions.openai_server import OpenAiCaptioner, OpenAiConfig
 from derm_pipeline.captions.prompted import PromptedCaptioner, seed_of
 from derm_pipeline.captions.prompts import Answer, Prompt, Question, make_prompt
-from derm_pipeline.captions.visual import (
-    VISUAL_CAPTION_SCHEMA,
-    Captioner,
-    DescriptorCaptioner,
-    DescriptorConfig,
-    VisualCaption,
-    measured_columns,
-)
+from derm_pipeline.captions.visual import VISUAL_CAPTION_SCHEMA, DescriptorConfig
 from derm_pipeline.images import Pixels, decode, read_bytes
-from derm_pipeline.records import Modality
 
 CaptionerConfig = Annotated[DescriptorConfig | LlavaNextConfig | OpenAiConfig, Field(discriminator="kind")]
 """The settings of any captioner; `kind` says which."""
-
-SYMPTOM_SCHEMA = pa.schema([pa.field("sha256", pa.string(), nullable=False), *list(VISUAL_CAPTION_SCHEMA)[1:]])
-"""The `visual_captions` table before source and image_id are added: one row an image digest."""
 
 _CODE = 1
 """Raised when the same answers would give other rows."""
@@ -58,8 +46,31 @@ _PART_SCHEMA = pa.schema(
 )
 
 
-def make_captioner(config: CaptionerConfig, *, api_key: str | None = None) -> Captioner | PromptedCaptioner:
-    """The captioner that the settings describe.
+def read_captioner_config(file: Path) -> CaptionerConfig:
+    """The settings in a YAML file; those of the embedded descriptor where there is no such file.
+
+    Raises:
+        ValueError: it is not YAML, or no settings of a captioner; the message names file, key and what is allowed.
+    """
+    if not file.exists():
+        return DescriptorConfig()
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
+    adapter: TypeAdapter[CaptionerConfig] = TypeAdapter(CaptionerConfig)
+    try:
+        return adapter.validate_python(settings)
+    except ValidationError as error:
+        complaints = []
+        for one in error.errors()[:5]:
+            key = ".".join(str(part) for part in one["loc"])
+            complaints.append(f"{file}: {key + ': ' if key else ''}{one['msg'].removeprefix('Value error, ')}")
+        raise ValueError("\n".join(complaints)) from error
+
+
+def make_captioner(config: LlavaNextConfig | OpenAiConfig, *, api_key: str | None = None) -> PromptedCaptioner:
+    """The prompted captioner that the settings describe.
 
     Args:
         config: Its settings.
@@ -70,9 +81,7 @@ def make_captioner(config: CaptionerConfig, *, api_key: str | None = None) -> Ca
     """
     if isinstance(config, LlavaNextConfig):
         return LlavaNextCaptioner(config)
-    if isinstance(config, OpenAiConfig):
-        return OpenAiCaptioner(config, api_key=api_key)
-    return DescriptorCaptioner(config)
+    return OpenAiCaptioner(config, api_key=api_key)
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,8 @@ class ImageToCaption:
     facts: Facts = Facts()
     label: str | None = None
     """The class name, told to the captioner where its settings say so."""
-    hair_mask_png: bytes | None = None
-    """Where hair is (grey PNG): for the descriptor's sentence."""
+    stand_in: str = ""
+    """The descriptor's sentence: the caption where no answer passes the gate."""
 
 
 @dataclass
@@ -109,13 +118,12 @@ def describe_all(
     work: Path,
     batch_size: int | None = None,
     previous: pa.Table | None = None,
-    fallback: Captioner | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> pa.Table:
-    """The captions of all images, in their order, with `SYMPTOM_SCHEMA`.
+    """The captions of all images, in their order, with `VISUAL_CAPTION_SCHEMA`.
 
-    An image is asked about until an answer passes the gate or the attempts are used up; then the fallback's sentence
-    stands in, the verdict is "fallback", and its measurements are in the row. A row or answer made before is taken up
+    An image is asked about until an answer passes the gate or the attempts are used up; then the descriptor's sentence
+    stands in, and the verdict is "fallback". A row or answer made before is taken up
     where the image, the prompt, what is known and the settings are the same (`question_digest`).
 
     Args:
@@ -125,7 +133,6 @@ def describe_all(
         work: A folder for the answers so far; to be kept when interrupted, and removed when the table is safe.
         batch_size: How many are asked about at once; that of the captioner's settings when left out.
         previous: An earlier table, whose rows are taken up.
-        fallback: Stands in; the descriptor when left out.
         on_progress: Called with (images done, images).
 
     Raises:
@@ -135,7 +142,7 @@ def describe_all(
     cases = [_case(item, captioner, gate) for item in items]
     unique = {case.digest: case for case in cases}
     rows = _taken_up(previous, set(unique))
-    run = _Run(captioner, gate, fallback or DescriptorCaptioner(), work, rows)
+    run = _Run(captioner, gate, work, rows)
     run.replay(unique)
     waiting = deque(case for digest, case in unique.items() if digest not in rows)
     size = batch_size or captioner.config.batch_size
@@ -146,7 +153,7 @@ def describe_all(
         if on_progress:
             on_progress(len(unique) - len(waiting), len(unique))
     return pa.Table.from_pylist(
-        [rows[case.digest] | {"sha256": case.item.sha256} for case in cases], schema=SYMPTOM_SCHEMA
+        [rows[case.digest] | {"sha256": case.item.sha256} for case in cases], schema=VISUAL_CAPTION_SCHEMA
     )
 
 
@@ -169,7 +176,7 @@ def _taken_up(previous: pa.Table | None, digests: set[str]) -> dict[str, dict[st
     """The rows of an earlier table that are wanted, by question digest."""
     if previous is None or "question_digest" not in previous.column_names:
         return {}
-    names = [name for name in SYMPTOM_SCHEMA.names if name in previous.column_names]
+    names = [name for name in VISUAL_CAPTION_SCHEMA.names if name in previous.column_names]
     wanted = previous.select(names).filter(pa.compute.is_in(previous["question_digest"], pa.array(sorted(digests))))
     return {row["question_digest"]: row for row in wanted.to_pylist()}
 
@@ -180,7 +187,6 @@ class _Run:
 
     captioner: PromptedCaptioner
     gate: Gate
-    fallback: Captioner
     work: Path
     rows: dict[str, dict[str, Any]]
     """The finished rows by question digest; grows."""
@@ -227,39 +233,25 @@ class _Run:
         if not verdict.accepted:
             case.refused.append(str(verdict))
         if verdict.accepted:
-            self._finish(case, "accepted", VisualCaption(verdict.text), len(case.refused) + 1, seed)
+            self._finish(case, "accepted", verdict.text, len(case.refused) + 1, seed)
         elif len(case.refused) >= self.captioner.config.num_attempts:
-            self._finish(case, "fallback", self._stand_in(case), len(case.refused), seed)
+            self._finish(case, "fallback", case.item.stand_in, len(case.refused), seed)
 
-    def _finish(self, case: _Case, verdict: str, caption: VisualCaption, attempts: int, seed: int) -> None:
+    def _finish(self, case: _Case, verdict: str, text: str, attempts: int, seed: int) -> None:
         count = self.gate.count_tokens
         self.rows[case.digest] = {
             "captioner": self.captioner.name,
-            "text": caption.text,
+            "text": text,
             "model": self.captioner.model,
             "verdict": verdict,
             "raw_answer": case.last_answer,
             "gate_reasons": list(case.refused),
             "attempts": attempts,
             "seed": seed,
-            "num_tokens": None if count is None else count(caption.text),
+            "num_tokens": None if count is None else count(text),
             "prompt": case.prompt.text,
             "question_digest": case.digest,
-        } | measured_columns(caption)
-
-    def _stand_in(self, case: _Case) -> VisualCaption:
-        """The descriptor's sentence; it knows skin only, so an endoscopic image gets the words of its prompt."""
-        item = case.item
-        if item.facts.modality is Modality.ENDOSCOPIC:
-            return VisualCaption(case.prompt.opening)
-        mask, is_hairy = item.hair_mask_png, item.facts.is_hairy
-        [caption] = self.fallback.describe(
-            [_read(item)],
-            hair_masks=None if mask is None else [_mask(mask)],
-            is_hairy=None if is_hairy is None else [is_hairy],
-            modalities=[item.facts.modality],
-        )
-        return caption
+        }
 
 
 def _read(item: ImageToCaption, reduce_to_px: int | None = None) -> Pixels:
@@ -270,7 +262,3 @@ def _read(item: ImageToCaption, reduce_to_px: int | None = None) -> Pixels:
         return decode(content, reduce_to_px=reduce_to_px)
     except ValueError as error:
         raise ValueError(f"{item.path}: {error}") from error
-
-
-def _mask(png: bytes) -> np.ndarray:
-    return np.asarray(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)) > 127

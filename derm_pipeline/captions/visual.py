@@ -1,61 +1,21 @@
 """Image -> caption: what is visible.
 
-The descriptor measures the picture and writes one sentence; it names no diagnosis and needs no weights. Captioners that
-are neural networks are asked with a prompt instead (`prompted`, `symptoms`) and fall back to the descriptor. All of
-them give a table with `VISUAL_CAPTION_SCHEMA`.
+The descriptor writes one sentence from what `descriptors` measured; it names no diagnosis and needs no weights.
+Captioners that are neural networks are asked with a prompt instead (`prompted`, `symptoms`), and where their answers
+are refused the descriptor's sentence stands in. All of them give a table with `VISUAL_CAPTION_SCHEMA`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from derm_pipeline.captions.descriptors import COLOURS, Colour, Measurements, measure
-from derm_pipeline.captions.segmentation import Mask, see
-from derm_pipeline.images import Pixels
+from derm_pipeline.captions.descriptors import COLOURS, Colour, Measurements
 from derm_pipeline.records import Modality
-
-
-@dataclass(frozen=True)
-class VisualCaption:
-    """What a captioner says of one image."""
-
-    text: str
-    """One sentence, lower case, without a full stop, as the metadata captions."""
-    measurements: Measurements | None = None
-    """What the sentence rests on; None when the captioner measures nothing."""
-
-
-class Captioner(Protocol):
-    """Writes what is visible in each image of a batch."""
-
-    name: str
-    """As it stands in `CAPTIONERS` and in tables."""
-
-    def describe(
-        self,
-        images: Sequence[Pixels],
-        *,
-        hair_masks: Sequence[Mask] | None = None,
-        is_hairy: Sequence[bool] | None = None,
-        modalities: Sequence[Modality] | None = None,
-    ) -> list[VisualCaption]:
-        """One caption an image, in order; an image's caption does not depend on the others in the batch.
-
-        Args:
-            images: uint8 RGB, each (h, w, 3); sizes may differ.
-            hair_masks: Where each image shows hair, (h, w), if known.
-            is_hairy: Whether each image counts as hairy, if known; it overrules what the captioner sees.
-            modalities: How each image was taken; dermoscopic where left out.
-
-        Raises:
-            ValueError: an image is not uint8 RGB, or the lengths differ.
-        """
-        ...
 
 
 class DescriptorConfig(BaseModel):
@@ -98,39 +58,9 @@ class DescriptorConfig(BaseModel):
     dark_corner_fraction: float = Field(default=0.02, ge=0, le=1)
     """Dark corners over more than this part of the picture are worth a word."""
 
-
-class DescriptorCaptioner:
-    """Measures each picture and writes one deterministic sentence of fewer than 60 words."""
-
-    name = "descriptor"
-
-    def __init__(self, config: DescriptorConfig | None = None) -> None:
-        self.config = config or DescriptorConfig()
-
-    def describe(
-        self,
-        images: Sequence[Pixels],
-        *,
-        hair_masks: Sequence[Mask] | None = None,
-        is_hairy: Sequence[bool] | None = None,
-        modalities: Sequence[Modality] | None = None,
-    ) -> list[VisualCaption]:
-        """See `Captioner.describe`."""
-        for name, given in (("hair_masks", hair_masks), ("is_hairy", is_hairy), ("modalities", modalities)):
-            if given is not None and len(given) != len(images):
-                raise ValueError(f"{name} has {len(given)} entries for {len(images)} images; give one for each image")
-        captions = []
-        for position, image in enumerate(images):
-            scene = see(image, None if hair_masks is None else hair_masks[position])
-            measurements = measure(scene)
-            flag = None if is_hairy is None else bool(is_hairy[position])
-            modality = Modality.DERMOSCOPIC if modalities is None else modalities[position]
-            captions.append(VisualCaption(sentence(measurements, flag, self.config, modality), measurements))
-        return captions
-
-
-CAPTIONERS: dict[str, Callable[[], Captioner]] = {"descriptor": DescriptorCaptioner}
-"""Every captioner by name, as a function that makes one with its default settings."""
+    def identity(self) -> dict[str, Any]:
+        """The settings on which the captions depend, as JSON."""
+        return self.model_dump(mode="json")
 
 
 def sentence(
@@ -139,7 +69,19 @@ def sentence(
     config: DescriptorConfig | None = None,
     modality: Modality = Modality.DERMOSCOPIC,
 ) -> str:
-    """The measurements in words; what is below its threshold is not said."""
+    """The measurements in words; what is below its threshold is not said.
+
+    Args:
+        measured: of one picture.
+        is_hairy: whether the image counts as hairy, if known; it overrules what was measured.
+        config: from which measurement on a word is said.
+        modality: how the image was taken. Skin is all that is measured, so of an endoscopic image nothing is said.
+
+    Returns:
+        One sentence of fewer than 60 words, lower case, without a full stop; it names no diagnosis.
+    """
+    if modality is Modality.ENDOSCOPIC:
+        return "endoscopic image"
     config = config or DescriptorConfig()
     skin = f"{measured.skin_type.phrase} skin"
     artefacts = _artefacts(measured, is_hairy, config)
@@ -227,9 +169,18 @@ def _listed(words: Sequence[str]) -> str:
 
 
 _ARROW_TYPES = {"bool": pa.bool_(), "float": pa.float64(), "int": pa.int64()}
+DESCRIPTOR_SCHEMA = pa.schema(
+    [
+        pa.field("skin_tone", pa.string(), nullable=False),
+        pa.field("estimated_skin_type", pa.int32(), nullable=False),
+        *(pa.field(field.name, _ARROW_TYPES[str(field.type)], nullable=False) for field in fields(Measurements)),
+    ]
+)
+"""Column names and types of what is measured: the fields of `Measurements`, and the words for the skin's colour."""
+
 VISUAL_CAPTION_SCHEMA = pa.schema(
     [
-        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
         pa.field("captioner", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
         pa.field("model", pa.string()),
@@ -241,35 +192,28 @@ VISUAL_CAPTION_SCHEMA = pa.schema(
         pa.field("num_tokens", pa.int32()),
         pa.field("prompt", pa.string()),
         pa.field("question_digest", pa.string()),
-        pa.field("skin_tone", pa.string()),
-        pa.field("estimated_skin_type", pa.int32()),
-        *(pa.field(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(Measurements)),
     ]
 )
-"""Column names and types of the `visual_captions` table.
+"""Column names and types of the `visual_captions` table, whatever the captioner; the caller adds source and image_id.
 
-From `model` to `question_digest`: how a prompted captioner came to the text (see `symptoms`), null for the descriptor.
-From `skin_tone` on: what the descriptor measured, null where the text is not its own.
-"""
+From `model` on: how a prompted captioner came to the text (see `symptoms`), null for the descriptor."""
 
 
-def visual_captions_table(image_ids: Sequence[str], captions: Sequence[VisualCaption], captioner: str) -> pa.Table:
-    """The captions as a table with `VISUAL_CAPTION_SCHEMA`, in the order given.
+def descriptors_table(measured: Sequence[Measurements]) -> pa.Table:
+    """The measurements as a table with `DESCRIPTOR_SCHEMA`, in the order given."""
+    rows = [{"skin_tone": one.skin_tone, "estimated_skin_type": int(one.skin_type), **asdict(one)} for one in measured]
+    return pa.Table.from_pylist(rows, schema=DESCRIPTOR_SCHEMA)
 
-    Raises:
-        ValueError: there are not as many captions as image ids.
-    """
-    if len(image_ids) != len(captions):
-        raise ValueError(f"{len(captions)} captions for {len(image_ids)} image ids; give one for each")
-    rows = []
-    for image_id, caption in zip(image_ids, captions, strict=True):
-        rows.append({"image_id": image_id, "captioner": captioner, "text": caption.text} | measured_columns(caption))
+
+def measurements_of(table: pa.Table) -> list[Measurements]:
+    """The measurements in a table with (at least) the columns of `DESCRIPTOR_SCHEMA`."""
+    return [Measurements(**row) for row in table.select([field.name for field in fields(Measurements)]).to_pylist()]
+
+
+def described_table(digests: Sequence[str], sentences: Sequence[str]) -> pa.Table:
+    """The descriptor's sentences as a table with `VISUAL_CAPTION_SCHEMA`, in the order given."""
+    rows = [
+        {"sha256": digest, "captioner": "descriptor", "text": text}
+        for digest, text in zip(digests, sentences, strict=True)
+    ]
     return pa.Table.from_pylist(rows, schema=VISUAL_CAPTION_SCHEMA)
-
-
-def measured_columns(caption: VisualCaption) -> dict[str, object]:
-    """What was measured, by column of `VISUAL_CAPTION_SCHEMA`; nothing where the captioner measures nothing."""
-    measured = caption.measurements
-    if measured is None:
-        return {}
-    return {"skin_tone": measured.skin_tone, "estimated_skin_type": int(measured.skin_type)} | asdict(measured)

@@ -19,7 +19,7 @@ from derm_pipeline.defs.stages.data import prepare_source
 from derm_pipeline.defs.workspace import Workspace
 
 RECIPE_TAG = "derm/recipe"
-_OF_A_SOURCE = ("records", "hair", "metadata_captions", "visual_captions")
+_OF_A_SOURCE = ("records", "hair", "descriptors", "visual_captions", "metadata_captions")
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 Materialised = tuple[str, str, dict[str, dg.MetadataValue]]

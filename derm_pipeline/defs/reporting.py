@@ -85,6 +85,11 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         return "nothing"
     head = "| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0])
     body = "\n".join(
-        "| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows
+        "| " + " | ".join("" if value is None else _in_a_cell(value) for value in row.values()) + " |" for row in rows
     )
     return f"{head}\n{body}"
+
+
+def _in_a_cell(value: Any) -> str:
+    """A value of a table, also one from a source's own files, so that it cannot break out of its cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")

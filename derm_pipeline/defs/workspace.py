@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from derm_pipeline.sources import SOURCES, Source
 from derm_pipeline.store import Store
 
 if TYPE_CHECKING:
+    from derm_pipeline.captions.symptoms import CaptionerConfig
     from derm_pipeline.recipes.model import Recipe
     from derm_pipeline.sources.own import OwnSource
 
@@ -53,6 +55,28 @@ class Workspace:
     def sources(self) -> Mapping[str, Source]:
         """Every source by its name: the shipped ones, then the user's own (`sources.yaml` in the data folder)."""
         return {**SOURCES, **{name: own.source for name, own in self._own_sources.items()}}
+
+    @cached_property
+    def captioner(self) -> CaptionerConfig:
+        """Who writes the visual captions: `captioner.yaml` in the data folder; without it the embedded descriptor."""
+        from derm_pipeline.captions.symptoms import read_captioner_config
+
+        return read_captioner_config(self.data / "captioner.yaml")
+
+    def api_key(self, captioner: CaptionerConfig) -> str | None:
+        """The key of a captioner's server, from the environment variable that its settings name.
+
+        Raises:
+            ValueError: the variable is not set.
+        """
+        name = getattr(captioner, "api_key_env", None)
+        if name is None:
+            return None
+        if not os.environ.get(name):
+            raise ValueError(
+                f"captioner.yaml: api_key_env: the environment variable {name} is not set"
+            )
+        return os.environ[name]
 
     def source_folder(self, source: str) -> Path:
         """Where a source's files lie as they were published."""

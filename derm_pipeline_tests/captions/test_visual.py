@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from derm_pipeline.captions.descriptors import Measurements
+from derm_pipeline.captions.descriptors import Measurements, measure
 from derm_pipeline.captions.metadata import names_unknown
+from derm_pipeline.captions.segmentation import see
 from derm_pipeline.captions.visual import (
-    CAPTIONERS,
+    DESCRIPTOR_SCHEMA,
     VISUAL_CAPTION_SCHEMA,
-    DescriptorCaptioner,
     DescriptorConfig,
-    VisualCaption,
+    described_table,
+    descriptors_table,
+    measurements_of,
     sentence,
-    visual_captions_table,
 )
 from derm_pipeline.records import Diagnosis, Modality
 from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
@@ -104,10 +105,7 @@ def test_measurements_become_these_sentences(changes, is_hairy, text):
 
 def test_the_sentence_says_how_the_image_was_taken():
     assert sentence(measured(), modality=Modality.CLINICAL).startswith("clinical image of a medium-sized")
-    image = phantoms(1)[0].image
-    dermoscopic, clinical = DescriptorCaptioner().describe([image] * 2, modalities=["dermoscopic", "clinical"])
-    assert clinical.text == dermoscopic.text.replace("dermoscopic", "clinical")
-    assert clinical.measurements == dermoscopic.measurements
+    assert sentence(measured(), modality=Modality.CLINICAL) == sentence(measured()).replace("dermoscopic", "clinical")
 
 
 def test_a_threshold_of_the_settings_decides():
@@ -120,9 +118,9 @@ def test_a_threshold_of_the_settings_decides():
 @given(st.integers(0, 2**32 - 1), st.integers(8, 90), st.integers(8, 90))
 def test_noise_of_any_shape_gets_a_finite_sentence(seed, height, width):
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-    [caption] = DescriptorCaptioner().describe([image])
-    assert caption.text.startswith("dermoscopic image of ")
-    assert all(np.isfinite(value) for value in vars(caption.measurements).values())
+    found = measure(see(image))
+    assert sentence(found).startswith("dermoscopic image of ")
+    assert all(np.isfinite(value) for value in vars(found).values())
 
 
 def phantoms(count):
@@ -130,55 +128,38 @@ def phantoms(count):
     return [draw(case) for case in plan(PhantomConfig(num_images=count, seed=seed))]
 
 
-def test_a_caption_depends_on_its_own_image_only():
-    images = [phantom.image for phantom in phantoms(8)]
-    captioner = DescriptorCaptioner()
-    together = captioner.describe(images)
-    assert together == captioner.describe(images)
-    assert together[::-1] == captioner.describe(images[::-1])
-    assert together == [captioner.describe([image])[0] for image in images]
-    assert captioner.describe([]) == []
-
-
 def test_captions_of_phantoms_differ_and_know_hair_when_told():
     drawn = phantoms(60)
     hairy = ["hair" in phantom.artefacts for phantom in drawn]
-    captions = DescriptorCaptioner().describe(
-        [phantom.image for phantom in drawn], hair_masks=[phantom.hair_mask for phantom in drawn], is_hairy=hairy
-    )
-    assert [("hairs" in caption.text) for caption in captions] == hairy
-    assert len({caption.text for caption in captions}) > 30
+    texts = [
+        sentence(measure(see(phantom.image, phantom.hair_mask)), is_hairy)
+        for phantom, is_hairy in zip(drawn, hairy, strict=True)
+    ]
+    assert [("hairs" in text) for text in texts] == hairy
+    assert len(set(texts)) > 30
 
 
-def test_the_seam_holds_every_captioner_under_its_name():
-    for name, make in CAPTIONERS.items():
-        captioner = make()
-        assert captioner.name == name
-        [caption] = captioner.describe([phantoms(1)[0].image])
-        assert isinstance(caption, VisualCaption)
+def test_measurements_come_back_from_their_table():
+    found = [measure(see(phantom.image, phantom.hair_mask)) for phantom in phantoms(6)]
+    table = descriptors_table(found)
+    assert table.schema == DESCRIPTOR_SCHEMA
+    assert measurements_of(table.append_column("sha256", pa.array(list("abcdef")))) == found
+    assert table["estimated_skin_type"].to_pylist() == [int(one.skin_type) for one in found]
+    assert descriptors_table([]).schema == DESCRIPTOR_SCHEMA
 
 
-def test_captions_become_a_table_with_its_schema():
-    captions = [*DescriptorCaptioner().describe([phantoms(1)[0].image]), VisualCaption("a lesion")]
-    table = visual_captions_table(["a", "b"], captions, "descriptor")
+def test_sentences_become_a_table_with_its_schema():
+    table = described_table(["a", "b"], ["a lesion", "another"])
     assert table.schema == VISUAL_CAPTION_SCHEMA
-    row, other = table.to_pylist()
-    assert row["text"] == captions[0].text
-    assert row["ita_deg"] == captions[0].measurements.ita_deg
-    assert row["estimated_skin_type"] == int(captions[0].measurements.skin_type)
-    assert other["ita_deg"] is None
+    row = table.to_pylist()[1]
+    assert (row["sha256"], row["captioner"], row["text"]) == ("b", "descriptor", "another")
     assert row["verdict"] is row["raw_answer"] is row["gate_reasons"] is None
-    assert visual_captions_table([], [], "descriptor").schema == pa.schema(VISUAL_CAPTION_SCHEMA)
+    with pytest.raises(ValueError, match="zip"):
+        described_table(["a"], [])
 
 
-def test_lists_of_other_lengths_are_refused():
-    image = np.zeros((16, 16, 3), np.uint8)
-    with pytest.raises(ValueError, match="is_hairy has 2 entries for 1 images"):
-        DescriptorCaptioner().describe([image], is_hairy=[True, False])
-    with pytest.raises(ValueError, match="hair_masks has 0 entries for 1 images"):
-        DescriptorCaptioner().describe([image], hair_masks=[])
-    with pytest.raises(ValueError, match="0 captions for 1 image ids"):
-        visual_captions_table(["a"], [], "descriptor")
+def test_of_mucosa_nothing_is_measured_and_nothing_said():
+    assert sentence(measured(), True, modality=Modality.ENDOSCOPIC) == "endoscopic image"
 
 
 def test_captions_import_neither_torch_nor_their_siblings():

@@ -7,7 +7,7 @@ import dagster as dg
 import numpy as np
 import pyarrow as pa
 
-from derm_pipeline.captions.metadata import names_unknown
+from derm_pipeline.captions.metadata import STYLES, names_unknown
 from derm_pipeline.defs import partitions
 from derm_pipeline.defs.assets.shared import OWNERS, Asset, progress
 from derm_pipeline.defs.reporting import check, materialised, thumbnail
@@ -57,6 +57,7 @@ def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph
         check_specs=[
             dg.AssetCheckSpec("every_image_has_one_row", asset="records", blocking=True),
             dg.AssetCheckSpec("no_file_is_quarantined", asset="records"),
+            dg.AssetCheckSpec("every_label_means_a_diagnosis", asset="records"),
         ],
     )
     def records(
@@ -66,11 +67,21 @@ def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph
         artifact = stages.records(workspace, context.partition_key, progress(context, shower).count)
         rows, quarantined = artifact.table(stages.RECORDS), artifact.table(stages.QUARANTINED)
         image_ids = rows["image_id"].to_pylist()
+        labels = artifact.table(stages.LABELS).to_pylist()
+        unmapped = [
+            f"{row['source_label'] or 'no label'}: {row['num_images']:,} images have no diagnosis"
+            for row in labels
+            if row["diagnosis"] is None
+        ]
         twice = sorted({image for image in image_ids if image_ids.count(image) > 1}) if _has_twice(image_ids) else []
         return materialised(
             artifact,
             picture=_some_images(workspace, rows),
-            tables={"quarantined": quarantined.slice(0, 20).to_pylist()},
+            tables={
+                "quarantined": quarantined.slice(0, 20).to_pylist(),
+                "labels": labels[:40],
+                "near_duplicates": artifact.table(stages.NEAR_DUPLICATES).slice(0, 20).to_pylist(),
+            },
             checks=[
                 check("every_image_has_one_row", [f"{image} has several" for image in twice], blocking=True),
                 check(
@@ -78,6 +89,7 @@ def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph
                     [f"{row['image_id'] or row['file']}: {row['reason']}" for row in quarantined.to_pylist()],
                     blocking=False,
                 ),
+                check("every_label_means_a_diagnosis", unmapped, blocking=False),
             ],
         )
 
@@ -101,6 +113,42 @@ def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph
         partitions_def=by_source,
         deps=[records, hair],
         group_name="2_captions",
+        kinds={"opencv"},
+        owners=OWNERS,
+        code_version=stages.CODE_VERSIONS["descriptors"],
+    )
+    def descriptors(
+        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
+    ) -> dg.MaterializeResult:
+        """What can be measured in each image: the lesion's shape, colours and structures, the skin's colour."""
+        return materialised(stages.descriptors(workspace, context.partition_key, progress(context, shower).count))
+
+    @dg.asset(
+        partitions_def=by_source,
+        deps=[records, hair, descriptors],
+        group_name="2_captions",
+        kinds={"python"},
+        owners=OWNERS,
+        code_version=stages.CODE_VERSIONS["visual_captions"],
+        check_specs=[dg.AssetCheckSpec("every_image_is_described", asset="visual_captions", blocking=True)],
+    )
+    def visual_captions(
+        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
+    ) -> dg.MaterializeResult:
+        """A caption of what is visible in each image, by the captioner that `captioner.yaml` names."""
+        artifact = stages.visual_captions(workspace, context.partition_key, progress(context, shower).count)
+        rows = artifact.table(stages.CAPTIONS)
+        silent = [row["image_id"] for row in rows.select(["image_id", "text"]).to_pylist() if not row["text"].strip()]
+        return materialised(
+            artifact,
+            tables={"examples": _examples(rows, "text")},
+            checks=[check("every_image_is_described", [f"{image} has no words" for image in silent], blocking=True)],
+        )
+
+    @dg.asset(
+        partitions_def=by_source,
+        deps=[records, hair, descriptors],
+        group_name="2_captions",
         kinds={"python"},
         owners=OWNERS,
         code_version=stages.CODE_VERSIONS["metadata_captions"],
@@ -109,36 +157,19 @@ def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph
     def metadata_captions(
         context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.MaterializeResult:
-        """A caption of each record's known fields, with hair as a clause."""
-        artifact = stages.metadata_captions_of(workspace, context.partition_key)
+        """Captions of each record's known fields, a column a style."""
+        artifact = stages.metadata_captions(workspace, context.partition_key)
         rows = artifact.table(stages.CAPTIONS)
-        named = [f"{row['image_id']}: {row['text']}" for row in rows.to_pylist() if names_unknown(row["text"])]
+        named = [
+            f"{row['image_id']}, {style}: {row[style]}"
+            for row in rows.to_pylist()
+            for style in STYLES
+            if names_unknown(row[style])
+        ]
         return materialised(
             artifact,
-            tables={"examples": _examples(rows)},
+            tables={style: _examples(rows, style, 4) for style in STYLES},
             checks=[check("captions_name_no_unknown", named, blocking=True)],
-        )
-
-    @dg.asset(
-        partitions_def=by_source,
-        deps=[records, hair],
-        group_name="2_captions",
-        kinds={"opencv"},
-        owners=OWNERS,
-        code_version=stages.CODE_VERSIONS["visual_captions"],
-        check_specs=[dg.AssetCheckSpec("every_image_is_described", asset="visual_captions", blocking=True)],
-    )
-    def visual_captions(
-        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
-    ) -> dg.MaterializeResult:
-        """A caption of what is visible in each image, measured."""
-        artifact = stages.visual_captions(workspace, context.partition_key, progress(context, shower).count)
-        rows = artifact.table(stages.CAPTIONS)
-        silent = [row["image_id"] for row in rows.select(["image_id", "text"]).to_pylist() if not row["text"].strip()]
-        return materialised(
-            artifact,
-            tables={"examples": _examples(rows)},
-            checks=[check("every_image_is_described", [f"{image} has no words" for image in silent], blocking=True)],
         )
 
     @dg.asset(
@@ -147,24 +178,40 @@ def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph
         kinds={"parquet"},
         owners=OWNERS,
         code_version=stages.CODE_VERSIONS["splits"],
-        check_specs=[dg.AssetCheckSpec("no_lesion_in_two_splits", asset="splits", blocking=True)],
+        check_specs=[
+            dg.AssetCheckSpec("no_lesion_in_two_splits", asset="splits", blocking=True),
+            dg.AssetCheckSpec("no_near_duplicate_in_two_splits", asset="splits"),
+        ],
     )
     def splits(workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
         """Every lesion, patient and duplicate of every source in one split, and in the same as before."""
         artifact = stages.splits(workspace)
         problems = split_problems(artifact.table(stages.SPLITS))
-        return materialised(artifact, checks=[check("no_lesion_in_two_splits", problems, blocking=True)])
+        near = artifact.table(stages.NEAR_DUPLICATES).to_pylist()
+        alike = [
+            f"{row['source_a']}/{row['image_a']} ({row['split_a']}) looks like "
+            f"{row['source_b']}/{row['image_b']} ({row['split_b']}), distance {row['distance']}"
+            for row in near
+        ]
+        return materialised(
+            artifact,
+            tables={"near_duplicates": near[:20]},
+            checks=[
+                check("no_lesion_in_two_splits", problems, blocking=True),
+                check("no_near_duplicate_in_two_splits", alike, blocking=False),
+            ],
+        )
 
-    return [raw_images, records, hair, metadata_captions, visual_captions, splits]
+    return [raw_images, records, hair, descriptors, visual_captions, metadata_captions, splits]
 
 
 def _has_twice(values: list[str]) -> bool:
     return len(set(values)) < len(values)
 
 
-def _examples(rows: pa.Table, count: int = 8) -> list[dict[str, str]]:
+def _examples(rows: pa.Table, column: str, count: int = 8) -> list[dict[str, str]]:
     step = max(1, rows.num_rows // count)
-    return rows.select(["image_id", "text"]).take(list(range(0, rows.num_rows, step))[:count]).to_pylist()
+    return rows.select(["image_id", column]).take(list(range(0, rows.num_rows, step))[:count]).to_pylist()
 
 
 def _some(rows: pa.Table, count: int) -> pa.Table:

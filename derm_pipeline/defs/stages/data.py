@@ -4,33 +4,51 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
 
-from derm_pipeline.captions.metadata import MetadataCaptionConfig, metadata_captions
-from derm_pipeline.captions.visual import CAPTIONERS, visual_captions_table
+from derm_pipeline.captions.claims import Facts
+from derm_pipeline.captions.descriptors import measure
+from derm_pipeline.captions.metadata import caption_styles
+from derm_pipeline.captions.segmentation import see
+from derm_pipeline.captions.symptoms import ImageToCaption, LlavaNextConfig, OpenAiConfig
+from derm_pipeline.captions.visual import (
+    DescriptorConfig,
+    described_table,
+    descriptors_table,
+    measurements_of,
+    sentence,
+)
 from derm_pipeline.defs.stages.rowwise import OnProgress, row_wise
 from derm_pipeline.defs.workspace import Workspace
+from derm_pipeline.duplicates import in_two_splits, join_counts, near_duplicates
 from derm_pipeline.hair import HairConfig, detect_hair
 from derm_pipeline.images import decode, encode_png, read_bytes
 from derm_pipeline.latents import ImageFile
-from derm_pipeline.records import Diagnosis, Split
+from derm_pipeline.records import Diagnosis, Modality, Split, canonical
 from derm_pipeline.sources import scan
 from derm_pipeline.splits import SplitConfig, assign_splits
 from derm_pipeline.store import WHOLE, Artifact, Build, Reference, Request
 
 RECORDS, QUARANTINED = "records.parquet", "quarantined.parquet"
+STATISTICS, LABELS, NEAR_DUPLICATES = "statistics.parquet", "labels.parquet", "near_duplicates.parquet"
 HAIR = "hair.parquet"
-CAPTIONS = "captions.parquet"
+DESCRIPTORS, CAPTIONS = "descriptors.parquet", "captions.parquet"
 SPLITS = "splits.parquet"
 
-CAPTIONER = "measured"
-
-CODE_VERSIONS = {"records": "1", "hair": "1", "metadata_captions": "1", "visual_captions": "1", "splits": "1"}
+CODE_VERSIONS = {
+    "records": "2",
+    "hair": "1",
+    "descriptors": "1",
+    "visual_captions": "2",
+    "metadata_captions": "2",
+    "splits": "2",
+}
 """Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
 
 
@@ -55,21 +73,43 @@ def records(workspace: Workspace, source: str, on_progress: OnProgress | None = 
     request = Request("records", source, {"raw_images": raw_reference(workspace, source)}, {}, CODE_VERSIONS["records"])
 
     def make(build: Build) -> None:
-        previous = build.previous.table(RECORDS) if build.previous else None
+        previous = build.previous.table(STATISTICS) if build.previous else None
         found = scan(workspace.sources[source], workspace.source_folder(source), previous, on_progress=on_progress)
+        near = near_duplicates(found.statistics)
         build.write_table(RECORDS, found.records)
         build.write_table(QUARANTINED, found.quarantined)
+        build.write_table(STATISTICS, found.statistics)
+        build.write_table(LABELS, _labels(found.records))
+        build.write_table(NEAR_DUPLICATES, near.pairs)
         diagnoses = Counter(found.records["diagnosis"].to_pylist())
+        num_duplicates = found.records.num_rows - found.records["duplicate_of"].null_count
         build.counts.update(
             num_records=found.records.num_rows,
             num_quarantined=found.quarantined.num_rows,
+            num_processed=found.num_processed,
             num_reused=found.num_reused,
             num_lesions=len(set(found.records["lesion_id"].to_pylist()) - {None}),
-            diagnoses={diagnosis.value: diagnoses[diagnosis.value] for diagnosis in Diagnosis},
+            num_duplicates=num_duplicates,
+            num_near_duplicates=sum(near.num_pairs.values()),
+            num_without_diagnosis=diagnoses[None],
+            diagnoses={diagnosis.value: diagnoses[diagnosis.value] for diagnosis in canonical(diagnoses)},
             source_files_digest=_digest_of_digests(found.records["sha256"].to_pylist()),
         )
 
     return workspace.store.obtain(request, make)
+
+
+def _labels(records: pa.Table) -> pa.Table:
+    """How each of the source's own labels was understood: source_label, diagnosis, num_images; the frequent first."""
+    pairs = zip(records["source_label"].to_pylist(), records["diagnosis"].to_pylist(), strict=True)
+    counts = sorted(Counter(pairs).items(), key=lambda item: (-item[1], item[0][0], item[0][1] or ""))
+    return pa.table(
+        {
+            "source_label": pa.array([label for (label, _), _ in counts], pa.string()),
+            "diagnosis": pa.array([diagnosis for (_, diagnosis), _ in counts], pa.string()),
+            "num_images": pa.array([count for _, count in counts], pa.int64()),
+        }
+    )
 
 
 def _digest_of_digests(digests: Sequence[str]) -> str:
@@ -124,65 +164,125 @@ def decode_mask(png: bytes) -> np.ndarray:
     return np.asarray(cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)) > 127
 
 
-def metadata_captions_of(workspace: Workspace, source: str) -> Artifact:
-    """A caption of every record's known fields."""
+def descriptors(workspace: Workspace, source: str, on_progress: OnProgress | None = None) -> Artifact:
+    """What can be measured in every image: the lesion's shape, colours and structures, the skin's colour."""
     records, hair = (workspace.store.current(asset, source) for asset in ("records", "hair"))
-    config = MetadataCaptionConfig()
-    request = Request(
-        "metadata_captions",
-        source,
-        {"records": records.reference, "hair": hair.reference},
-        {"captions": config.model_dump(mode="json")},
-        CODE_VERSIONS["metadata_captions"],
-    )
+    inputs = {"records": records.reference, "hair": hair.reference}
+    request = Request("descriptors", source, inputs, {}, CODE_VERSIONS["descriptors"])
 
     def make(build: Build) -> None:
         rows = records.table(RECORDS)
-        is_hairy = hair.table(HAIR, ["is_hairy"])["is_hairy"].to_pylist()
-        texts = metadata_captions(rows.drop_columns(["concepts"]).to_pylist(), is_hairy, config)
-        captions = rows.select(["source", "image_id", "sha256"]).append_column("text", pa.array(texts, pa.string()))
-        build.write_table(CAPTIONS, captions)
-        build.counts.update(num_captions=len(texts), num_distinct=len(set(texts)), example=texts[0])
+        compute = partial(_measured_rows, str(hair.path(HAIR)))
+        found = row_wise(build, DESCRIPTORS, image_files(workspace, rows), compute, on_progress)
+        build.write_table(DESCRIPTORS, found)
+        has_lesion = found["has_lesion"].to_numpy(zero_copy_only=False)
+        build.counts.update(num_images=found.num_rows, num_without_lesion=int((~has_lesion).sum()))
 
     return workspace.store.obtain(request, make)
 
 
-def visual_captions(workspace: Workspace, source: str, on_progress: OnProgress | None = None) -> Artifact:
-    """A caption of what is visible in every image."""
-    records, hair = (workspace.store.current(asset, source) for asset in ("records", "hair"))
-    request = Request(
-        "visual_captions",
-        source,
-        {"records": records.reference, "hair": hair.reference},
-        {"captioner": CAPTIONER},
-        CODE_VERSIONS["visual_captions"],
-    )
-
-    def make(build: Build) -> None:
-        rows = records.table(RECORDS)
-        files = image_files(workspace, rows)
-        compute = partial(_caption_rows, str(hair.path(HAIR)))
-        found = row_wise(build, CAPTIONS, files, compute, on_progress, added=("source", "image_id"))
-        found = found.add_column(1, "image_id", rows["image_id"]).add_column(0, "source", rows["source"])
-        build.write_table(CAPTIONS, found)
-        texts = found["text"].to_pylist()
-        build.counts.update(num_captions=len(texts), num_distinct=len(set(texts)), example=texts[0])
-
-    return workspace.store.obtain(request, make)
-
-
-def _caption_rows(hair_path: str, files: Sequence[ImageFile]) -> pa.Table:
+def _measured_rows(hair_path: str, files: Sequence[ImageFile]) -> pa.Table:
     import pyarrow.parquet as pq
 
     digests = [file.sha256 for file in files]
-    hair = pq.read_table(hair_path, filters=[("sha256", "in", digests)]).to_pylist()
-    found = {row["sha256"]: row for row in hair}
-    captions = CAPTIONERS[CAPTIONER]().describe(
-        [decode(read_bytes(file.path)) for file in files],
-        hair_masks=[decode_mask(found[digest]["mask_png"]) for digest in digests],
-        is_hairy=[found[digest]["is_hairy"] for digest in digests],
+    masks = pq.read_table(hair_path, columns=["sha256", "mask_png"], filters=[("sha256", "in", digests)])
+    of_digest = dict(zip(masks["sha256"].to_pylist(), masks["mask_png"].to_pylist(), strict=True))
+    return descriptors_table(
+        [measure(see(decode(read_bytes(file.path)), decode_mask(of_digest[file.sha256]))) for file in files]
     )
-    return visual_captions_table(digests, captions, CAPTIONER).drop_columns(["image_id"])
+
+
+def visual_captions(workspace: Workspace, source: str, on_progress: OnProgress | None = None) -> Artifact:
+    """A caption of what is visible in every image, by the captioner that the workspace names."""
+    used = {asset: workspace.store.current(asset, source) for asset in ("records", "hair", "descriptors")}
+    inputs = {asset: artifact.reference for asset, artifact in used.items()}
+    config = workspace.captioner
+    settings = {"captioner": config.identity()}
+    request = Request("visual_captions", source, inputs, settings, CODE_VERSIONS["visual_captions"])
+
+    def make(build: Build) -> None:
+        rows = used["records"].table(RECORDS)
+        is_hairy = used["hair"].table(HAIR, ["is_hairy"])["is_hairy"].to_pylist()
+        measured = measurements_of(used["descriptors"].table(DESCRIPTORS))
+        words = config if isinstance(config, DescriptorConfig) else DescriptorConfig()
+        modalities = [Modality(modality) for modality in rows["modality"].to_pylist()]
+        sentences = [
+            sentence(one, hairy, words, modality)
+            for one, hairy, modality in zip(measured, is_hairy, modalities, strict=True)
+        ]
+        if isinstance(config, DescriptorConfig):
+            found = described_table(rows["sha256"].to_pylist(), sentences)
+        else:
+            found = _asked(workspace, build, rows, is_hairy, sentences, config, on_progress)
+        found = found.add_column(0, "image_id", rows["image_id"]).add_column(0, "source", rows["source"])
+        build.write_table(CAPTIONS, found)
+        texts = found["text"].to_pylist()
+        verdicts = Counter(found["verdict"].to_pylist())
+        build.counts.update(
+            num_captions=len(texts),
+            num_distinct=len(set(texts)),
+            verdicts={verdict: count for verdict, count in verdicts.items() if verdict},
+            example=texts[0],
+        )
+
+    return workspace.store.obtain(request, make)
+
+
+def _asked(
+    workspace: Workspace,
+    build: Build,
+    rows: pa.Table,
+    is_hairy: Sequence[bool],
+    sentences: Sequence[str],
+    config: LlavaNextConfig | OpenAiConfig,
+    on_progress: OnProgress | None,
+) -> pa.Table:
+    """The captions of a model that is asked about every image; the descriptor's sentences stand in for refused ones."""
+    from derm_pipeline.captions.gate import Gate
+    from derm_pipeline.captions.symptoms import describe_all, make_captioner
+
+    known = zip(image_files(workspace, rows), rows.to_pylist(), is_hairy, sentences, strict=True)
+    items = [
+        ImageToCaption(file.path, file.sha256, Facts.of(row, hairy), _told(row), stand_in)
+        for file, row, hairy, stand_in in known
+    ]
+    return describe_all(
+        items,
+        make_captioner(config, api_key=workspace.api_key(config)),
+        Gate(config.gate),
+        work=build.work,
+        previous=build.previous.table(CAPTIONS) if build.previous else None,
+        on_progress=on_progress,
+    )
+
+
+def _told(row: Mapping[str, Any]) -> str | None:
+    """The class name in words: our diagnosis, else the source's own label."""
+    return Diagnosis(row["diagnosis"]).phrase if row["diagnosis"] else row["source_label"] or None
+
+
+def metadata_captions(workspace: Workspace, source: str) -> Artifact:
+    """Captions of every record's known fields, a column a style; a recipe picks one."""
+    used = {asset: workspace.store.current(asset, source) for asset in ("records", "hair", "descriptors")}
+    inputs = {asset: artifact.reference for asset, artifact in used.items()}
+    request = Request("metadata_captions", source, inputs, {}, CODE_VERSIONS["metadata_captions"])
+
+    def make(build: Build) -> None:
+        rows = used["records"].table(RECORDS)
+        is_hairy = used["hair"].table(HAIR, ["is_hairy"])["is_hairy"].to_pylist()
+        measured = used["descriptors"].table(DESCRIPTORS).to_pylist()
+        texts = caption_styles(rows.to_pylist(), is_hairy, measured)
+        captions = rows.select(["source", "image_id", "sha256"])
+        for style, of_style in texts.items():
+            captions = captions.append_column(style, pa.array(of_style, pa.string()))
+        build.write_table(CAPTIONS, captions)
+        build.counts.update(
+            num_captions=captions.num_rows,
+            num_distinct={style: len(set(of_style)) for style, of_style in texts.items()},
+            example={style: of_style[0] for style, of_style in texts.items()},
+        )
+
+    return workspace.store.obtain(request, make)
 
 
 def splits(workspace: Workspace) -> Artifact:
@@ -195,15 +295,21 @@ def splits(workspace: Workspace) -> Artifact:
 
     def make(build: Build) -> None:
         rows = pa.concat_tables(artifact.table(RECORDS) for artifact in tables.values())
-        previous = build.previous.table(SPLITS) if build.previous else None
-        assigned = assign_splits(rows, previous, config)
+        # Whatever settings or code assigned them: who has a side keeps it.
+        before = store.current("splits") if store.has("splits") else None
+        assigned = assign_splits(rows, before.table(SPLITS) if before else None, config)
         build.write_table(SPLITS, assigned)
+        near = near_duplicates(pa.concat_tables(artifact.table(STATISTICS) for artifact in tables.values()))
+        apart = in_two_splits(near.pairs, assigned)
+        build.write_table(NEAR_DUPLICATES, apart)
         sizes = Counter(assigned["split"].to_pylist())
         build.counts.update({f"num_{split.value}": sizes[split.value] for split in Split})
         build.counts.update(
             num_withheld=sizes[None],
             num_groups=len(set(assigned["group_id"].to_pylist())),
-            grown_from=str(build.previous.reference) if build.previous else None,
+            joined=join_counts(rows),
+            num_near_duplicates_in_two_splits=apart.num_rows,
+            grown_from=str(before.reference) if before else None,
         )
 
     return store.obtain(request, make)

@@ -40,7 +40,7 @@ _OF_A_RECIPE = (
     "fidelity",
     "group_metrics",
 )
-_OF_A_SOURCE = ("records", "hair", "metadata_captions", "visual_captions")
+_OF_A_SOURCE = ("records", "hair", "descriptors", "visual_captions", "metadata_captions")
 _EXAMPLE_PX = 128
 
 
@@ -155,10 +155,12 @@ def _caption_examples(
     from derm_pipeline.evaluation.report_content import CaptionExample
 
     texts: dict[str, dict[tuple[str, str], str]] = {}
-    for asset in ("metadata_captions", "visual_captions"):
+    style = recipe.training_set.caption
+    columns = {"metadata_captions": "rich" if style == "visual" else style, "visual_captions": "text"}
+    for asset, column in columns.items():
         for source in recipe.sources:
-            table = used[f"{asset}/{source}"].table(CAPTIONS, ["image_id", "text"])
-            for image_id, text in zip(table["image_id"].to_pylist(), table["text"].to_pylist(), strict=True):
+            table = used[f"{asset}/{source}"].table(CAPTIONS, ["image_id", column])
+            for image_id, text in zip(table["image_id"].to_pylist(), table[column].to_pylist(), strict=True):
                 texts.setdefault(asset, {})[source, image_id] = text
     examples = []
     for diagnosis in canonical(train["diagnosis"].to_pylist()):

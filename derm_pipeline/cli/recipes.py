@@ -1,0 +1,64 @@
+"""Commands about recipes: run one, list them, open a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from derm_pipeline.cli.shared import progress_bars, with_workspace
+from derm_pipeline.defs.workspace import Workspace
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--fast", is_flag=True, help="Run the recipe's small-budget variant, RECIPE_fast.")
+@with_workspace
+def run(workspace: Workspace, recipe: str, fast: bool) -> None:
+    """Materialise everything of RECIPE: from its sources' raw images to its report.
+
+    What the store already holds is found, not made again; an interrupted run resumes where it was.
+    """
+    from derm_pipeline.defs.instance import project_instance
+    from derm_pipeline.defs.jobs import RecipeRun
+    from derm_pipeline.defs.overview import summary_lines
+
+    name = f"{recipe}_fast" if fast else recipe
+    workspace.recipe(name)  # an error in the recipe is said before any work
+    with project_instance(Path.cwd(), workspace.data) as instance, progress_bars() as show:
+        recipe_run = RecipeRun(name, workspace, instance, show)
+        for _ in recipe_run.materialise_sources():
+            pass
+        for _ in recipe_run.materialise_stages():
+            pass
+    click.echo("\n".join(summary_lines(workspace, name)))
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@with_workspace
+def recipes(workspace: Workspace, recipe: str | None) -> None:
+    """List the recipes, or print RECIPE with every setting filled in."""
+    import yaml
+
+    if recipe:
+        settings = workspace.recipe(recipe).model_dump(mode="json")
+        click.echo(yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100), nl=False)
+        return
+    for name in sorted(workspace.recipe_files):
+        found = workspace.recipe(name)
+        click.echo(f"{name}: {found.title} ({', '.join(found.sources)})")
+    click.echo(f"Your own go into {workspace.data / 'recipes'}.")
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--open", "in_browser", is_flag=True, help="Open it in the browser.")
+@with_workspace
+def report(workspace: Workspace, recipe: str, in_browser: bool) -> None:
+    """Print the path of RECIPE's report (and its figures), or open it."""
+    from derm_pipeline.defs.overview import summary_lines
+
+    click.echo("\n".join(summary_lines(workspace, recipe)))
+    if in_browser:
+        click.launch(str(workspace.store.current("report", recipe).path("report.html")))
