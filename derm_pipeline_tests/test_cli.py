@@ -15,8 +15,9 @@ from jsonschema import Draft202012Validator
 
 from derm_pipeline.cli import main, user_errors
 from derm_pipeline.defs.stages import summary
+from derm_pipeline.sources import SOURCES
 from derm_pipeline.store import MANIFEST
-from derm_pipeline_tests.conftest import new_project
+from derm_pipeline_tests.conftest import NUM_IMAGES, new_project
 
 COMMANDS = ("run", "sources", "recipes", "lineage", "verify", "prune", "report")
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "lineage.schema.json").read_text())
@@ -92,9 +93,73 @@ def test_a_misspelt_command_or_option_is_an_error(derm):
 
 def test_the_sources_say_where_they_are_looked_for(derm, empty):
     text = derm("sources", project=empty).output
-    assert f"{empty.raw / 'ham10000'} (not there yet)" in text
-    assert "CC BY-NC 4.0" in text
-    assert "phantom" in text
+    for name, source in SOURCES.items():
+        assert f"{name}: {source.title}: not found" in text
+        assert str(empty.raw / name) in text
+        assert source.licence in text
+    assert "derm fetch isic2019 --accept-licence, about 9.1 GB" in text
+    assert "from its publisher, https://derm.cs.sfu.ca" in text
+
+
+def test_a_source_that_is_there_is_counted_and_its_labels_are_explained(derm, finished):
+    text = derm("sources", project=finished).output
+    assert f"  {NUM_IMAGES} rows: akiec " in text
+    text = derm("sources", "isic2019", project=finished).output
+    assert "  scc -> scc (squamous cell carcinoma)" in text
+    assert "  unk -> none" in text
+    assert "Combalia" in text
+    assert "ISIC_2019_Training_Input.zip" in text
+    assert "'mars' is not a source; there are phantom, ham10000" in derm("sources", "mars", project=finished).output
+
+
+def test_a_table_that_cannot_be_read_is_said_where_the_sources_are_listed(derm, empty):
+    folder = empty.raw / "pad_ufes20"
+    folder.mkdir(parents=True)
+    (folder / "metadata.csv").write_text("a,b\n1,2\n")
+    text = derm("sources", project=empty).output
+    assert "pad_ufes20: PAD-UFES-20: found, and cannot be read" in text
+    assert "has no column" in text
+
+
+def test_fetching_says_where_to_apply_and_asks_for_the_licence_first(derm, empty):
+    applied = derm("fetch", "d7p", project=empty)
+    assert applied.exit_code == 1
+    assert "https://derm.cs.sfu.ca" in applied.output
+    asked = derm("fetch", "isic2019", project=empty)
+    assert asked.exit_code == 1
+    assert "CC BY-NC 4.0" in asked.output
+    assert "--accept-licence" in asked.output
+    assert "drawn on this machine" in derm("fetch", "phantom", project=empty).output
+
+
+def test_captions_are_written_beside_the_images_of_one_split_only(derm, finished, tmp_path):
+    result = derm("captions", "phantom", str(tmp_path / "out"), "--carrier", ".txt", project=finished)
+    assert result.exit_code == 0, result.output
+    store = finished.workspace.store
+    splits = store.current("splits").table("splits.parquet").to_pylist()
+    train = {row["image_id"] for row in splits if row["split"] == "train"}
+    texts = {path.stem: path.read_text() for path in (tmp_path / "out").rglob("*.txt")}
+    assert set(texts) == train == {path.stem for path in (tmp_path / "out").rglob("*.jpg")}
+    rows = store.current("metadata_captions", "phantom").table("captions.parquet").to_pylist()
+    assert texts == {row["image_id"]: row["rich"] for row in rows if row["image_id"] in train}
+    assert f"{len(train)} captions (rich, train)" in result.output
+
+
+def test_captions_of_any_style_go_into_one_table_that_others_read(derm, finished, tmp_path):
+    from datasets import load_dataset
+
+    arguments = ("captions", "phantom", str(tmp_path / "out"), "--style", "visual", "--split", "test")
+    assert derm(*arguments, project=finished).exit_code == 0
+    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train")
+    rows = finished.workspace.store.current("visual_captions", "phantom").table("captions.parquet").to_pylist()
+    assert set(loaded["text"]) <= {row["text"] for row in rows}
+    assert loaded.num_rows > 0
+
+
+def test_captions_of_what_is_not_made_yet_say_so(derm, empty, tmp_path):
+    result = derm("captions", "phantom", str(tmp_path / "out"), project=empty)
+    assert result.exit_code == 1
+    assert "records/phantom" in result.output
 
 
 def test_the_recipes_are_listed_and_printed_with_every_setting(derm, empty):

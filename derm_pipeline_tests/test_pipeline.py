@@ -14,7 +14,7 @@ import pytest
 
 from derm_pipeline.captions.metadata import names_unknown
 from derm_pipeline.defs.stages import data as stages
-from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, QUARANTINED, RECORDS, SPLITS
+from derm_pipeline.defs.stages.data import DESCRIPTORS, HAIR, QUARANTINED, RECORDS, SPLITS
 from derm_pipeline.defs.stages.evaluation import sample_images
 from derm_pipeline.defs.stages.generator import EVALUATION_SET, TRAINING_SET
 from derm_pipeline.images import encode_jpeg, read_image
@@ -22,7 +22,7 @@ from derm_pipeline_tests.conftest import NUM_IMAGES, RECIPE_ASSETS, SOURCE_ASSET
 
 pytestmark = pytest.mark.slow
 
-ROW_WISE = ("records", "hair", "visual_captions")
+ROW_WISE = ("records", "hair", "descriptors")
 
 
 def image_of(project, split):
@@ -89,7 +89,7 @@ def test_a_changed_held_out_image_rebuilds_what_depends_on_it_and_reuses_every_o
         assert artifacts[asset].counts["num_reused"] == NUM_IMAGES - 1, asset
         assert after[asset] != before[asset]
     old = finished_rows(project, keys, path.stem)
-    for asset, table in (("records", RECORDS), ("hair", HAIR), ("visual_captions", CAPTIONS)):
+    for asset, table in (("records", RECORDS), ("hair", HAIR), ("descriptors", DESCRIPTORS)):
         assert old[asset] == rows_but(artifacts[asset].table(table), artifacts["records"], path.stem), asset
     # The generator never sees it: its inputs are found to be what they were.
     changed = {asset for asset in after if after[asset] != before[asset]}
@@ -110,7 +110,7 @@ def rows_but(table, records, image_id):
 def finished_rows(project, keys, image_id):
     store, found = project.workspace.store, {}
     records = store.resolve(f"records/phantom/{keys['records']}")
-    for asset, table in (("records", RECORDS), ("hair", HAIR), ("visual_captions", CAPTIONS)):
+    for asset, table in (("records", RECORDS), ("hair", HAIR), ("descriptors", DESCRIPTORS)):
         found[asset] = rows_but(store.resolve(f"{asset}/phantom/{keys[asset]}").table(table), records, image_id)
     return found
 
@@ -119,7 +119,13 @@ def test_rows_that_were_reused_are_those_that_would_be_made(project, tmp_path):
     touch(image_of(project, "train"))
     fresh = new_project(tmp_path / "fresh", project.raw)
     for one in (project, fresh):
-        for stage in (stages.records, stages.hair, stages.metadata_captions_of, stages.visual_captions):
+        for stage in (
+            stages.records,
+            stages.hair,
+            stages.descriptors,
+            stages.visual_captions,
+            stages.metadata_captions,
+        ):
             stage(one.workspace, "phantom")
     for asset in SOURCE_ASSETS:
         digests = [one.workspace.store.current(asset, "phantom").manifest.content_digest for one in (project, fresh)]

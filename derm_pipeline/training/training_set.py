@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from derm_pipeline.captions.metadata import CaptionStyle
 from derm_pipeline.records import Diagnosis, Split, canonical
@@ -24,9 +24,9 @@ class TrainingSetConfig(BaseModel):
 
     split: Literal["groups", "light_dark"] = "groups"
     """groups: that of all sources, whole groups at a time; light_dark: learn from light skin, test on dark."""
-    diagnoses: tuple[Diagnosis, ...] | None = Field(default=None, min_length=1)
-    """What is learnt and judged; None for every diagnosis that the training images have."""
-    caption: CaptionStyle | Literal["visual"] = "rich"
+    diagnoses: tuple[Diagnosis, ...] = ()
+    """What is learnt and judged; where none is named, every diagnosis that the training images have."""
+    caption: Literal[CaptionStyle, "visual"] = "rich"
     """Which caption goes with an image: a style of the metadata captions, or the visual one."""
     remove_hair: bool = False
     """Whether hair is painted over before an image is encoded or classified."""

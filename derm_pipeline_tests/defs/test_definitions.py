@@ -9,14 +9,16 @@ import pytest
 from derm_pipeline.defs.assets.shared import GPU_POOL
 from derm_pipeline.defs.build import build_defs
 from derm_pipeline.defs.workspace import Workspace
+from derm_pipeline.sources import SOURCES
 from derm_pipeline_tests.conftest import TINY
 
 GRAPH = {
     "raw_images": set(),
     "records": {"raw_images"},
     "hair": {"records"},
-    "metadata_captions": {"records", "hair"},
-    "visual_captions": {"records", "hair"},
+    "descriptors": {"records", "hair"},
+    "visual_captions": {"records", "hair", "descriptors"},
+    "metadata_captions": {"records", "hair", "descriptors"},
     "splits": {"records"},
     "training_set": {"records", "hair", "metadata_captions", "visual_captions", "splits"},
     "evaluation_set": {"records", "splits"},
@@ -42,7 +44,7 @@ GRAPH = {
 
 GROUPS = {
     "1_sources": {"raw_images", "records", "hair"},
-    "2_captions": {"metadata_captions", "visual_captions"},
+    "2_captions": {"descriptors", "metadata_captions", "visual_captions"},
     "3_splits": {"splits", "training_set", "evaluation_set"},
     "4_generator": {"autoencoder", "latents", "generator"},
     "5_samples": {"synthetic_dataset"},
@@ -53,9 +55,11 @@ GROUPS = {
 CHECKS = {
     ("records", "every_image_has_one_row"): True,
     ("records", "no_file_is_quarantined"): False,
+    ("records", "every_label_means_a_diagnosis"): False,
     ("metadata_captions", "captions_name_no_unknown"): True,
     ("visual_captions", "every_image_is_described"): True,
     ("splits", "no_lesion_in_two_splits"): True,
+    ("splits", "no_near_duplicate_in_two_splits"): False,
     ("training_set", "nothing_held_out_is_trained_on"): True,
     ("latents", "moments_are_finite"): True,
     ("synthetic_dataset", "every_sample_tells_where_it_came_from"): True,
@@ -72,6 +76,7 @@ def workspace(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
     (data / "recipes").mkdir()
     (data / "recipes" / "tiny.yaml").write_text(TINY)
+    (data / "sources.yaml").write_text("moles: {kind: imagefolder, licence: CC0, title: My moles}\n")
     return Workspace(data=data, raw=data / "raw")
 
 
@@ -126,9 +131,9 @@ def test_sources_and_recipes_are_partitions_and_every_recipe_is_a_job(definition
         name: tuple(spec.partitions_def.get_partition_keys()) if spec.partitions_def else ()
         for name, spec in specs.items()
     }
-    of_sources = {"raw_images", "records", "hair", "metadata_captions", "visual_captions"}
+    of_sources = {"raw_images", "records", "hair", "descriptors", "metadata_captions", "visual_captions"}
     of_none = {"splits", "leaderboard"}
-    assert {name for name, found in keys.items() if found == ("ham10000", "phantom")} == of_sources
+    assert {name for name, found in keys.items() if found == (*SOURCES, "moles")} == of_sources
     assert {name for name, found in keys.items() if found == ()} == of_none
     assert {name for name, found in keys.items() if found == tuple(recipes)} == set(GRAPH) - of_sources - of_none
     assert {job.name for job in definitions.resolve_all_job_defs() if not job.name.startswith("__")} == set(recipes)
