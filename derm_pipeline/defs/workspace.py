@@ -73,9 +73,7 @@ class Workspace:
         if name is None:
             return None
         if not os.environ.get(name):
-            raise ValueError(
-                f"captioner.yaml: api_key_env: the environment variable {name} is not set"
-            )
+            raise ValueError(f"captioner.yaml: api_key_env: the environment variable {name} is not set")
         return os.environ[name]
 
     def source_folder(self, source: str) -> Path:

@@ -18,6 +18,7 @@ from derm_pipeline.evaluation.report_content import (
     Reconstructions,
     ReportContent,
 )
+from derm_pipeline.evaluation.report_data import data_section
 from derm_pipeline.evaluation.report_figures import (
     agreement_section,
     copies_section,
@@ -27,7 +28,6 @@ from derm_pipeline.evaluation.report_figures import (
 from derm_pipeline.evaluation.report_groups import groups_section
 from derm_pipeline.evaluation.report_headline import headline
 from derm_pipeline.evaluation.report_sections import (
-    data_section,
     lineage_section,
     samples_section,
     totals,

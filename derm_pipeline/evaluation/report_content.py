@@ -76,6 +76,21 @@ class NearestPair:
 
 
 @dataclass(frozen=True)
+class AttributeAccuracy:
+    """How often the descriptor's words about one attribute are right; shares with their 95 % interval."""
+
+    attribute: str
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    balanced_accuracy: float | None
+    """Mean over the true words of the share right; None where only one occurs."""
+    majority: float
+    """What always saying the commonest word would score."""
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """Everything that a recipe's report shows; a part that is missing is said to be missing."""
 
@@ -86,10 +101,20 @@ class ReportContent:
     """name, licence, num_records, num_quarantined, num_lesions, diagnoses (diagnosis -> images) of each."""
     quarantined: Sequence[Mapping[str, Any]] = ()
     """image_id, file, reason (and source) of each row that could not become a record."""
+    labels: Sequence[Mapping[str, Any]] = ()
+    """source, source_label, diagnosis (None for none), num_images of each label."""
     split_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """split -> diagnosis -> images."""
+    left_out_of_training: Mapping[str, int] = field(default_factory=dict)
+    """Why images of the train split are not learned from -> images."""
+    joined: Mapping[str, int] = field(default_factory=dict)
+    """archive_id, digest, other_diagnosis: images left out as doubles, by what they share."""
     hair: HairExamples | None = None
     captions: Sequence[CaptionExample] = ()
+    caption_verdicts: Mapping[str, int] = field(default_factory=dict)
+    """accepted, fallback -> images; empty where no model was asked."""
+    caption_accuracy: Sequence[AttributeAccuracy] = ()
+    """Of the descriptor's words, where the images were drawn."""
     reconstructions: Reconstructions | None = None
     comparison: Sequence[ComparisonRow] = ()
     losses: Mapping[str, LossCurve] = field(default_factory=dict)

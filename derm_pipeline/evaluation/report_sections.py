@@ -1,4 +1,4 @@
-"""The parts of a report that show what went in and what came out: data, training, samples, lineage, settings."""
+"""The parts of a report that show what was made and from what: training, samples, lineage, settings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ from derm_pipeline.evaluation.markup import (
     element,
     facts,
     number,
-    percent,
     picture,
-    table,
 )
 from derm_pipeline.evaluation.plots import loss_chart
 from derm_pipeline.evaluation.report_content import (
-    CaptionExample,
     ComparisonRow,
-    HairExamples,
     LossCurve,
     NearestPair,
     Reconstructions,
@@ -31,8 +27,7 @@ from derm_pipeline.evaluation.report_content import (
 from derm_pipeline.images import Pixels
 from derm_pipeline.records import Diagnosis
 
-_MOST_QUARANTINED = 100
-_MOST_SHOWN = 14
+MOST_SHOWN = 14
 """Pictures in one line of examples."""
 
 
@@ -58,121 +53,13 @@ def in_words(diagnosis: str) -> Child:
     return diagnosis
 
 
-# --- Data ---------------------------------------------------------------------------------------------------------
-
-
-def data_section(content: ReportContent, side_px: int) -> Markup:
-    """Sources, quarantined rows, splits, hair, captions."""
-    return section(
-        "data",
-        "Data",
-        paragraph(
-            "Every image comes from one of these sources. A file that is broken, or a row that cannot be read, "
-            "becomes no "
-            "record; it is quarantined with its reason, never dropped silently."
-        ),
-        _sources(content.sources) if content.sources else missing("Sources"),
-        _quarantined(content.quarantined),
-        element("h3", "Splits"),
-        paragraph(
-            "All images of a lesion, a patient and their duplicates are in one split. The generator learns from train; "
-            "figures of nearness and of classifiers are about test, which neither it nor any classifier has learned "
-            "from."
-        ),
-        _splits(content.split_counts) if content.split_counts else missing("Splits"),
-        _hair(content.hair, side_px) if content.hair else None,
-        _captions(content.captions, side_px) if content.captions else None,
-    )
-
-
-def _sources(sources: Sequence[Mapping[str, Any]]) -> Markup:
-    names = _diagnoses(source.get("diagnoses", {}) for source in sources)
-    headers = ["source", "licence", "images", "lesions", "quarantined", *names]
-    keys = ("num_records", "num_lesions", "num_quarantined")
-    rows = [
-        [
-            str(source.get("name", "")),
-            element("span", str(source.get("licence") or "not known"), class_="wide"),
-            *(source.get(key) for key in keys),
-            *(source.get("diagnoses", {}).get(name, 0) for name in names),
-        ]
-        for source in sources
-    ]
-    return table(headers, rows)
-
-
-def _diagnoses(counts: Iterable[Mapping[str, int]]) -> list[str]:
-    """Every diagnosis that is counted: the canonical ones in their order, then others."""
-    found = {name for one in counts for name in one}
-    canonical = [name.value for name in Diagnosis if name.value in found]
-    return canonical + sorted(found - set(canonical))
-
-
-def _quarantined(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    if not rows:
-        return paragraph("Nothing was quarantined.")
-    headers = ["source", "image", "file", "reason"]
-    keys = ("source", "image_id", "file", "reason")
-    shown = [[str(row.get(key) or "") for key in keys] for row in rows[:_MOST_QUARANTINED]]
-    more = len(rows) - len(shown)
-    rest = paragraph(f"and {more:,} more, in the records artifact.") if more else None
-    return element("details", element("summary", f"{len(rows):,} quarantined rows"), table(headers, shown), rest)
-
-
-def _splits(counts: Mapping[str, Mapping[str, int]]) -> Markup:
-    names = _diagnoses(counts.values())
-    rows: list[list[Child]] = [
-        [split, sum(own.values()), *(own.get(name, 0) for name in names)] for split, own in counts.items()
-    ]
-    return table(["split", "images", *names], rows)
-
-
-def _hair(hair: HairExamples, side_px: int) -> Markup:
-    pairs = list(zip(hair.images, hair.overlaid, strict=True))[:_MOST_SHOWN]
-    return element(
-        "div",
-        element("h3", "Hair"),
-        paragraph(
-            f"{percent(hair.hairy_fraction)} of n = {hair.num_images:,} images are hairy. Above the image, below it "
-            f"the "
-            "same with what was taken for hair in colour."
-        ),
-        _columns(([(image, "image"), (overlaid, "its hair mask")] for image, overlaid in pairs), side_px),
-    )
-
-
-def _columns(columns: Iterable[Sequence[tuple[Pixels, str]]], side_px: int) -> Markup:
+def columns(columns: Iterable[Sequence[tuple[Pixels, str]]], side_px: int) -> Markup:
     """Pictures in columns of a few each, which wrap on narrow pages."""
     stacks = (
         element("div", (picture(image, alt, side_px=side_px) for image, alt in stack), class_="stack")
         for stack in columns
     )
     return element("div", stacks, class_="pictures")
-
-
-def _captions(examples: Sequence[CaptionExample], side_px: int) -> Markup:
-    items = (
-        element(
-            "div",
-            picture(example.image, "captioned image", side_px=side_px),
-            facts(
-                [
-                    ("from the record", example.metadata or "no such caption"),
-                    ("from the image", example.visual or "no such caption"),
-                ]
-            ),
-            class_="caption",
-        )
-        for example in examples[:_MOST_SHOWN]
-    )
-    return element(
-        "div",
-        element("h3", "Captions"),
-        paragraph(
-            "What the generator may be told: the record's known fields, or what can be seen. Unknown is never said."
-        ),
-        element("div", items, class_="captions"),
-    )
 
 
 # --- Training and samples -----------------------------------------------------------------------------------------
@@ -206,14 +93,14 @@ def _reconstructions(found: Reconstructions, side_px: int) -> Markup:
     if found.psnr_db is not None:
         count = f"n = {found.num_images:,} held-out images" if found.num_images else "held-out images"
         quality = f" Mean PSNR {found.psnr_db:.1f} dB over {count}; higher is nearer, without an interval."
-    pairs = list(zip(found.images, found.rebuilt, strict=True))[:_MOST_SHOWN]
+    pairs = list(zip(found.images, found.rebuilt, strict=True))[:MOST_SHOWN]
     return element(
         "div",
         element("h3", "Reconstructions"),
         paragraph(
             "A real image, and below it what the autoencoder makes of it. Samples pass the same decoder." + quality
         ),
-        _columns(([(image, "real"), (rebuilt, "reconstruction")] for image, rebuilt in pairs), side_px),
+        columns(([(image, "real"), (rebuilt, "reconstruction")] for image, rebuilt in pairs), side_px),
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, QUARANTINED, RECORDS, decode_mask, image_files
+from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, LABELS, QUARANTINED, RECORDS, decode_mask, image_files
 from derm_pipeline.defs.stages.evaluation import CODE_VERSIONS, COPIES, FIDELITY, GROUP_TABLES, sample_images
 from derm_pipeline.defs.stages.generator import EVALUATION_SET, LOSSES, TRAINING_SET, squares
 from derm_pipeline.defs.stages.summary import reconstructed
@@ -19,6 +20,7 @@ from derm_pipeline.store import WHOLE, Artifact, Build, Node, Request, StoreErro
 
 if TYPE_CHECKING:
     from derm_pipeline.evaluation.report_content import (
+        AttributeAccuracy,
         CaptionExample,
         ComparisonRow,
         HairExamples,
@@ -84,9 +86,18 @@ def _content(workspace: Workspace, recipe: Recipe, used: dict[str, Artifact]) ->
         quarantined=[
             row for source in recipe.sources for row in used[f"records/{source}"].table(QUARANTINED).to_pylist()
         ],
+        labels=[
+            {"source": workspace.sources[source].title, **row}
+            for source in recipe.sources
+            for row in used[f"records/{source}"].table(LABELS).to_pylist()
+        ],
         split_counts=_split_counts(train, held_out),
+        left_out_of_training=used["training_set"].counts["left_out"],
+        joined=used["training_set"].counts["joined"],
         hair=_hair_examples(workspace, recipe, used),
         captions=_caption_examples(workspace, train, recipe, used),
+        caption_verdicts=_verdicts(recipe, used),
+        caption_accuracy=_caption_accuracy(recipe, used),
         reconstructions=Reconstructions(
             images, rebuilt, fidelity.counts["reconstruction_psnr_db"], fidelity.counts["num_test"]
         ),
@@ -171,6 +182,26 @@ def _caption_examples(
             said = (texts[asset].get(identity) for asset in ("metadata_captions", "visual_captions"))
             examples.append(CaptionExample(image, *said))
     return examples
+
+
+def _verdicts(recipe: Recipe, used: dict[str, Artifact]) -> dict[str, int]:
+    verdicts: Counter[str] = Counter()
+    for source in recipe.sources:
+        verdicts.update(used[f"visual_captions/{source}"].counts["verdicts"])
+    return dict(sorted(verdicts.items()))
+
+
+def _caption_accuracy(recipe: Recipe, used: dict[str, Artifact]) -> list[AttributeAccuracy]:
+    """Of the descriptor's words, over the drawn images of the recipe; none where no truth is known."""
+    from derm_pipeline.captions.accuracy import descriptor_accuracy
+    from derm_pipeline.evaluation.report_content import AttributeAccuracy
+
+    if "phantom" not in recipe.sources:
+        return []
+    captions = used["visual_captions/phantom"].table(CAPTIONS)
+    found = descriptor_accuracy(used["records/phantom"].table(RECORDS), captions)
+    names = AttributeAccuracy.__dataclass_fields__
+    return [AttributeAccuracy(**{name: row[name] for name in names}) for row in found.to_pylist()]
 
 
 def comparison(
