@@ -38,6 +38,7 @@ from derm_pipeline.sources.listing import (
     read_table,
 )
 from derm_pipeline.sources.phantom_drawing import DRAWN, Artefact, Phantom, PhantomCase, PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom_truth import TRUTHS
 
 SETTINGS = "phantom.json"
 TABLE = "metadata.csv"
@@ -46,8 +47,13 @@ LESION_MASKS = "masks/lesion"
 HAIR_MASKS = "masks/hair"
 
 ARTEFACTS: tuple[str, ...] = get_args(Artefact)
-CONCEPTS = (*ARTEFACTS, "structures")
-COLUMNS = ("image_id", "lesion_id", "patient_id", "diagnosis", "skin_type", "sex", "age", "site", *CONCEPTS)
+_NEEDED = (
+    *("image_id", "lesion_id", "patient_id", "diagnosis", "skin_type", "sex", "age", "site"),
+    *(*ARTEFACTS, "structures"),
+)
+CONCEPTS = (*ARTEFACTS, "structures", "subtlety", *TRUTHS)
+COLUMNS = (*_NEEDED, "subtlety", *TRUTHS)
+"""Columns of the table; a folder that an earlier version drew has only those of `_NEEDED`."""
 
 _UNFINISHED = ".drawing"
 _CHUNK = 32
@@ -91,7 +97,7 @@ class PhantomSource:
         """See `Source.list_images`."""
         if not (folder / SETTINGS).is_file():
             raise FileNotFoundError(f"{folder} holds no finished phantoms (no {SETTINGS}); prepare the source first")
-        rows = read_table(folder / TABLE, COLUMNS)
+        rows = read_table(folder / TABLE, _NEEDED)
         return pair(self.name, rows, find_images(folder, [IMAGES]), _candidate)
 
     def fingerprint(self, folder: Path) -> str:
@@ -170,16 +176,22 @@ def _draw_all(folder: Path, config: PhantomConfig, num_finished: int, on_progres
                 on_progress(num_done, config.num_images)
     finally:
         executor.shutdown(cancel_futures=True)
-    table = (folder / TABLE).read_text(encoding="utf-8") if num_finished else _csv([COLUMNS])
+    rows = _rows_of_table(folder / TABLE) if num_finished else []
     for chunk in chunks:
-        rows = json.loads(_rows_file(folder, chunk).read_bytes())
-        table += _csv([[row[column] for column in COLUMNS] for row in rows])
+        rows += json.loads(_rows_file(folder, chunk).read_bytes())
+    # Rows that an earlier version wrote lack the newer columns.
+    table = _csv([COLUMNS, *([row.get(column, "") for column in COLUMNS] for row in rows)])
     _write(folder / TABLE, table.encode())
     _write(folder / SETTINGS, settings)
     for subfolder in (IMAGES, LESION_MASKS, HAIR_MASKS, "."):
         for aside in (folder / subfolder).glob(".*.part"):  # of an interrupted run
             aside.unlink()
     shutil.rmtree(unfinished)
+
+
+def _rows_of_table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _rows_file(folder: Path, chunk: Sequence[PhantomCase]) -> Path:
@@ -212,8 +224,10 @@ def _row(phantom: Phantom) -> dict[str, str]:
         "age": str(case.age_years or ""),
         "site": case.site or "",
         "structures": "; ".join(phantom.structures),
+        "subtlety": f"{case.subtlety:.4f}",
     }
-    return row | {artefact: "yes" if artefact in case.artefacts else "no" for artefact in ARTEFACTS}
+    row |= {artefact: "yes" if artefact in case.artefacts else "no" for artefact in ARTEFACTS}
+    return row | phantom.truth.concepts()
 
 
 def _csv(rows: Sequence[Sequence[str]]) -> str:
@@ -242,7 +256,7 @@ def _candidate(cells: Mapping[str, str], file: str | None) -> Candidate:
         skin_type_origin=SkinTypeOrigin.DRAWN,
         lesion_id=cells["lesion_id"] or None,
         patient_id=cells["patient_id"] or None,
-        concepts={name: cells[name] for name in CONCEPTS if cells[name]},
+        concepts={name: cells[name] for name in CONCEPTS if cells.get(name)},
     )
 
 

@@ -21,6 +21,7 @@ from derm_pipeline.records import Diagnosis, Sex, Site, SkinType
 from derm_pipeline.sources.phantom_artefacts import draw_bubbles, draw_hair, draw_ink, draw_ruler, draw_vignette
 from derm_pipeline.sources.phantom_canvas import Canvas, Pose, Rgb
 from derm_pipeline.sources.phantom_lesions import paint_lesion
+from derm_pipeline.sources.phantom_truth import PhantomTruth, truth_of
 
 Artefact = Literal["bubbles", "hair", "ink", "ruler", "vignette"]
 
@@ -136,6 +137,8 @@ class Phantom:
     """(h, w), where a hair is visible."""
     structures: tuple[str, ...]
     """Dermoscopic structures that can be seen, in words; those that the case's subtlety hides are left out."""
+    truth: PhantomTruth
+    """What the painting shows before light and artefacts."""
 
     @property
     def diagnosis(self) -> Diagnosis:
@@ -271,11 +274,14 @@ def draw(case: PhantomCase, width_px: int = 200, height_px: int = 150) -> Phanto
     )
     canvas = Canvas(width_px, height_px, skin, pose)
     _texture_skin(canvas, np.random.default_rng([case.patient_seed, 1]))
+    bare = canvas.image.copy()
     lesion_mask, structures = paint_lesion(canvas, case.diagnosis, skin, case.lesion_seed, case.subtlety)
+    painting = canvas.image.copy()
     _light(canvas, light)
-    hair_mask = _draw_artefacts(canvas, case, skin)
+    hair_mask, view = _draw_artefacts(canvas, case, skin)
     image = np.clip(np.rint(canvas.image), 0, 255).astype(np.uint8)
-    return Phantom(case, image, lesion_mask, hair_mask, structures)
+    truth = truth_of(painting, bare, skin, lesion_mask, view)
+    return Phantom(case, image, lesion_mask, hair_mask, structures, truth)
 
 
 def _skin_colour(case: PhantomCase) -> Rgb:
@@ -302,11 +308,15 @@ def _light(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.image *= balance.astype(np.float32)
 
 
-def _draw_artefacts(canvas: Canvas, case: PhantomCase, skin: Rgb) -> npt.NDArray[np.bool_]:
+def _draw_artefacts(
+    canvas: Canvas, case: PhantomCase, skin: Rgb
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Draw the case's artefacts; returns where hair is visible and what the instrument sees, each (h, w)."""
+
     def rng(number: int) -> np.random.Generator:
         return np.random.default_rng([case.image_seed, number])
 
-    hair_mask = np.zeros(canvas.image.shape[:2], bool)
+    hair_mask, view = np.zeros(canvas.image.shape[:2], bool), np.ones(canvas.image.shape[:2], bool)
     if "ink" in case.artefacts:
         draw_ink(canvas, rng(1))
     if "hair" in case.artefacts:
@@ -316,5 +326,6 @@ def _draw_artefacts(canvas: Canvas, case: PhantomCase, skin: Rgb) -> npt.NDArray
     if "ruler" in case.artefacts:
         draw_ruler(canvas, rng(4))
     if "vignette" in case.artefacts:
-        hair_mask &= draw_vignette(canvas, rng(5)) > 0.5
-    return hair_mask
+        view = draw_vignette(canvas, rng(5)) > 0.5
+        hair_mask &= view
+    return hair_mask, view

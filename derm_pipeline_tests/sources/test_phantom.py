@@ -13,7 +13,7 @@ import pytest
 from derm_pipeline.images import read_image
 from derm_pipeline.records import SkinTypeOrigin
 from derm_pipeline.sources import SOURCES, phantom, scan
-from derm_pipeline.sources.phantom import HAIR_MASKS, IMAGES, LESION_MASKS, SETTINGS, PhantomSource
+from derm_pipeline.sources.phantom import HAIR_MASKS, IMAGES, LESION_MASKS, SETTINGS, TABLE, PhantomSource
 from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
 
 CONFIG = PhantomConfig(num_images=80, width_px=40, height_px=32, p_hair=0.5)
@@ -177,3 +177,26 @@ def test_importing_the_sources_imports_nothing_heavy():
     script = "import sys, derm_pipeline.sources, derm_pipeline.splits; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "diffusers", "dagster", "sklearn", "scipy", "pandas", "matplotlib"} & set(loaded)
+
+
+def test_the_truth_of_every_drawing_becomes_concepts(drawn):
+    records = {row["image_id"]: row for row in scan(PhantomSource(CONFIG), drawn).records.to_pylist()}
+    for case in plan(CONFIG)[::17]:
+        concepts = dict(records[case.image_id]["concepts"])
+        assert float(concepts["subtlety"]) == pytest.approx(case.subtlety, abs=1e-4)
+        assert concepts.items() >= draw(case, 40, 32).truth.concepts().items()
+
+
+def test_a_folder_that_an_earlier_version_drew_is_read_and_goes_on(drawn, tmp_path):
+    folder = tmp_path / "phantom"
+    PhantomSource(CONFIG.model_copy(update={"num_images": 50})).prepare(folder)
+    lines = (folder / TABLE).read_text().splitlines()
+    num_old = lines[0].split(",").index("subtlety")
+    (folder / TABLE).write_text("\n".join(",".join(line.split(",")[:num_old]) for line in lines) + "\n")
+    found = scan(PhantomSource(), folder)
+    assert (found.records.num_rows, found.quarantined.num_rows) == (50, 0)
+    assert "asymmetry" not in dict(found.records["concepts"][0].as_py())
+    PhantomSource(CONFIG).prepare(folder)
+    found = scan(PhantomSource(), folder)
+    assert found.records.num_rows == 80
+    assert sum("asymmetry" in dict(concepts) for concepts in found.records["concepts"].to_pylist()) == 30
