@@ -90,7 +90,7 @@ class Measurements:
     num_red_blobs: int
     """Number of rounded red areas in the lesion, each darker or redder than what is around it."""
     ita_deg: float
-    """Individual typology angle of the skin, degrees."""
+    """Individual typology angle of the skin without the light's cast, degrees."""
     hair_fraction: float
     """Fraction of the view covered by hair."""
     dark_corner_fraction: float
@@ -128,7 +128,7 @@ def measure(scene: Scene) -> Measurements:
     skin_lab = np.median(scene.lab[scene.skin], axis=0)
     seen = float(scene.field.sum())
     picture: dict[str, Any] = {
-        "ita_deg": ita_degrees(float(skin_lab[0]), float(skin_lab[2])),
+        "ita_deg": _ita_without_cast(skin_lab),
         "hair_fraction": float((scene.hair & scene.field).sum()) / seen,
         "dark_corner_fraction": 1 - float(scene.field.mean()),
         "lesion_fraction": float(scene.lesion.sum()) / seen,
@@ -148,6 +148,16 @@ def measure(scene: Scene) -> Measurements:
         **_structures(scene, raw),
     }
     return Measurements(has_lesion=contrast >= _MIN_CONTRAST, **(picture | lesion))
+
+
+def _ita_without_cast(skin_lab: npt.NDArray[np.floating]) -> float:
+    """The typology angle of the skin as it would look under a neutral light.
+
+    Under a pink or blue light b* is near 0 and the angle near 90 degrees, whatever the skin; so b* is moved towards
+    that of skin in general by the share of the cast.
+    """
+    b = float(skin_lab[2]) + _CAST_SHARE * (_REFERENCE_AB[1] - float(skin_lab[2]))
+    return ita_degrees(float(skin_lab[0]), b)
 
 
 _MIN_LESION_PX = 40
@@ -235,16 +245,19 @@ def _colour_names(lab: Floats, skin_lab: npt.NDArray[np.floating]) -> npt.NDArra
     b = lab[..., 2] + share * np.float32(_REFERENCE_AB[1] - skin_lab[2])
     chroma, skin_chroma = np.hypot(a, b), float(np.hypot(*_REFERENCE_AB))
     distance = np.linalg.norm(lab - skin_lab.astype(np.float32), axis=2)
-    # Dark red and dark brown are close in hue, salmon and light brown are not.
-    is_reddish = (a > 20) & (b < np.where(lightness < 0.6 * skin_lightness, 0.62, 0.8) * a)
+    # Dark red and dark brown are close in hue, salmon and light brown are not; what is pale is less colourful, and a
+    # dull pink differs from light brown in hue alone.
+    is_reddish = (a > 20) & (b < np.where(lightness < 0.6 * skin_lightness, 0.65, 0.85) * a)
+    is_rosy = ((lightness >= 56) & (a > 16) & (b < a)) | ((lightness >= 50) & (a > 14) & (a <= 20) & (b < 0.9 * a))
     rules: tuple[tuple[Colour | None, Mask], ...] = (
         (None, distance < 8),
         ("black", (lightness < 14) | ((lightness < 20) & (chroma < 10))),
         ("white", (lightness > skin_lightness + 5) & (chroma < skin_chroma)),
-        ("blue-grey", (b < 4) & (a < 14) & (lightness < 70)),
-        ("pink", is_reddish & (lightness >= 58)),
+        # The bluer, the more violet it may be: blue pigment is seen through red blood.
+        ("blue-grey", (b < 6) & (a < 14 - 0.8 * np.minimum(b, 0)) & (lightness < 70)),
+        ("pink", is_rosy),
         ("red", is_reddish & (lightness >= 20)),
-        ("light brown", lightness >= 45),
+        ("light brown", lightness >= 42),
         ("dark brown", np.ones_like(is_reddish)),
     )
     names = [-1 if colour is None else COLOURS.index(colour) for colour, _ in rules]
@@ -252,7 +265,7 @@ def _colour_names(lab: Floats, skin_lab: npt.NDArray[np.floating]) -> npt.NDArra
 
 
 def _colour_fractions(names: npt.NDArray[np.int8], scene: Scene) -> dict[str, float]:
-    visible = _visible(scene, 2)
+    visible = _visible(scene, 4)
     counts = np.bincount(names[visible] + 1, minlength=len(COLOURS) + 1)[1:]
     total = max(1, int(visible.sum()))
     return {

@@ -26,10 +26,19 @@ _COLOUR_NOISE = 4.0
 """Variance added to each Lab channel, in Lab units squared: what sensor and compression do to one colour."""
 _PLACE_NOISE = 0.001
 """Variance added to the place, in picture widths squared."""
-_POSTERIOR = 0.25
+_POSTERIOR = 0.1
 """A pixel above this probability is lesion: people draw the outline outside the half-way contour."""
-_SPUR_PX = 4
-_CENTRE_SPREAD = 0.3
+_SMOOTH_PX = 1.5
+"""Spread of the Gaussian that the probability is smoothed with first."""
+_SPUR_PX = 3
+_CENTRE_SPREADS = (0.3, 0.03)
+"""The fit starts from a wide and from a narrow neighbourhood of the centre: from a wide one alone, a small lesion on
+unevenly lit skin ends as the lamp's bright spot."""
+_GLARE_WEIGHT = 0.3
+"""What is lighter than its surroundings and hardly redder is a lesion only where nothing else is."""
+_LEAST_STEP = 0.2
+"""Step in colour, in Lab units, below which there is no outline at all; whether a lesion is worth a word is decided
+from its contrast later."""
 _SHARES = (0.03, 0.7)
 """The prior share of lesion stays within these: a picture has both lesion and skin."""
 
@@ -151,9 +160,31 @@ def _field(lightness: Floats) -> Mask:
 
 
 def _lesion(lab: Floats, field: Mask) -> Mask:
+    """The candidate that stands out most: step in colour across its outline times the root of its area."""
+    best, most = np.zeros_like(field), 0.0
+    for posterior in _posteriors(lab, field):
+        blob = _blob(posterior, field)
+        step = _step(lab, field, blob)
+        if step > _LEAST_STEP and step * np.sqrt(blob.sum()) > most:
+            best, most = blob, step * float(np.sqrt(blob.sum()))
+    return best
+
+
+def _step(lab: Floats, field: Mask, blob: Mask) -> float:
+    """Distance in Lab (CIE76) between the median colours just inside and just outside; less for a lamp's spot."""
+    plane = blob.astype(np.uint8)
+    inner = blob & ~cv2.erode(plane, disc(5)).astype(bool)
+    outer = cv2.dilate(plane, disc(5)).astype(bool) & ~blob & field
+    if not inner.any() or not outer.any():
+        return 0.0
+    lightness, a, b = (np.median(lab[inner], axis=0) - np.median(lab[outer], axis=0)).tolist()
+    is_glare = lightness > max(2.0, a)
+    return float(np.sqrt(lightness**2 + a**2 + b**2)) * (_GLARE_WEIGHT if is_glare else 1.0)
+
+
+def _blob(posterior: Floats, field: Mask) -> Mask:
     """The component of high posterior that is large and central, filled."""
-    posterior = _posterior(lab, field)
-    blob = (cv2.GaussianBlur(posterior, (0, 0), 2.0) > _POSTERIOR).astype(np.uint8)
+    blob = (cv2.GaussianBlur(posterior, (0, 0), _SMOOTH_PX) > _POSTERIOR).astype(np.uint8)
     # Hairs and furrows leave spurs; a lesion is wider than they are.
     blob = np.asarray(cv2.morphologyEx(blob, cv2.MORPH_OPEN, disc(_SPUR_PX)), dtype=np.uint8)
     count, labels, stats, centres = cv2.connectedComponentsWithStats(blob)
@@ -167,8 +198,8 @@ def _lesion(lab: Floats, field: Mask) -> Mask:
     return np.asarray(cv2.drawContours(np.zeros_like(chosen), outline, -1, 1, cv2.FILLED), dtype=np.bool_)
 
 
-def _posterior(lab: Floats, field: Mask) -> Floats:
-    """Probability of lesion for each pixel, (h, w) in [0, 1]; 0 outside the field.
+def _posteriors(lab: Floats, field: Mask) -> list[Floats]:
+    """Probability of lesion for each pixel, (h, w) in [0, 1], 0 outside the field; one for each start.
 
     Expectation-maximisation (Dempster, Laird and Rubin 1977) of two classes: lesion, Gaussian in Lab and in place;
     skin, Gaussian in Lab and anywhere. It starts from the distance to the colour of the picture's rim, near the centre.
@@ -182,17 +213,20 @@ def _posterior(lab: Floats, field: Mask) -> Floats:
     radius = (2 * places[:, 0]) ** 2 + (2 * width / height * places[:, 1]) ** 2
     rim = np.median(colours[radius >= min(0.85, float(np.median(radius)))], axis=0)
     distance = np.linalg.norm(colours - rim, axis=1)
-    share = np.exp(-0.5 * radius / _CENTRE_SPREAD) * distance / max(float(np.quantile(distance, 0.95)), 1.0)
-    share = np.clip(share, 0, 1)
+    distance /= max(float(np.quantile(distance, 0.95)), 1.0)
     terms = _quadratic_terms(colours - rim, places)
     total = terms.sum(axis=1, dtype=np.float64)
-    weights = np.zeros(len(terms))
-    for _ in range(_FIT_ROUNDS):
-        weights = _log_odds_weights(terms @ share, total, area=height / width)
-        share = _sigmoid(weights.astype(np.float32) @ terms)
     everywhere = _quadratic_terms((lab - rim).reshape(-1, 3), place.reshape(-1, 2))
-    posterior = _sigmoid(weights.astype(np.float32) @ everywhere).reshape(field.shape)
-    return np.where(field, posterior, 0).astype(np.float32)
+    posteriors = []
+    for spread in _CENTRE_SPREADS:
+        share = np.clip(np.exp(-0.5 * radius / spread) * distance, 0, 1)
+        weights = np.zeros(len(terms))
+        for _ in range(_FIT_ROUNDS):
+            weights = _log_odds_weights(terms @ share, total, area=height / width)
+            share = _sigmoid(weights.astype(np.float32) @ terms)
+        posterior = _sigmoid(weights.astype(np.float32) @ everywhere).reshape(field.shape)
+        posteriors.append(np.where(field, posterior, 0).astype(np.float32))
+    return posteriors
 
 
 def _quadratic_terms(colours: Floats, places: Floats) -> Floats:
