@@ -9,7 +9,7 @@ EVIL = "<script>alert(1)</script> & \"'"
 
 
 def words(**content) -> str:
-    return unescape(str(data_section(ReportContent("r", "t", 8, **content), 128)))
+    return unescape(str(data_section(ReportContent("r", "t", 8, **content), 128))).replace("\xa0", " ")
 
 
 def test_labels_are_shown_with_what_they_mean_and_those_that_mean_nothing():
