@@ -37,7 +37,7 @@ class DescriptorConfig(BaseModel):
     """A mirror image that misses more than this part of the lesion makes it asymmetric."""
     colour_asymmetry: float = Field(default=14.0, ge=0)
     """A mean Lab distance between mirrored halves above this makes it unevenly coloured."""
-    irregularity: float = Field(default=0.1, ge=0, le=1)
+    irregularity: float = Field(default=0.07, ge=0, le=1)
     """A border whose hull is empty by more than this part is irregular, below half of it smooth."""
     sharpness: float = Field(default=0.6, ge=0)
     """A border across which more than this part of the contrast falls is sharp."""
