@@ -17,7 +17,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from derm_pipeline.captions.chat import markup, not_a_description, tidy
 from derm_pipeline.captions.claims import Facts, contradictions, diagnoses_named
+from derm_pipeline.captions.known import names_unknown
 from derm_pipeline.captions.prompts import Answer, Prompt
 
 CountTokens = Callable[[str], int]
@@ -48,6 +50,8 @@ class Reason(StrEnum):
     """Why an answer is refused."""
 
     EMPTY = "empty"
+    REFUSAL = "refusal"
+    """The captioner declines, speaks of itself or to its reader."""
     GARBAGE = "garbage"
     TRUNCATED = "truncated"
     PROMPT_ECHO = "prompt_echo"
@@ -55,6 +59,8 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
     DIAGNOSIS_NAMED = "diagnosis_named"
     CONTRADICTION = "contradiction"
+    NAMES_UNKNOWN = "names_unknown"
+    """It says "unknown", "none" or "N/A", which no caption may."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,9 @@ class Gate:
         if not any(letter.isalnum() for letter in text):
             return Reason.EMPTY, answer.problem
         own = _without_opening(text, prompt)  # the opening, which may be ours, is neither length nor sense
+        declined = not_a_description(own)
+        if declined:
+            return Reason.REFUSAL, repr(declined)
         garbage = _garbage(own)
         if garbage:
             return Reason.GARBAGE, garbage
@@ -141,7 +150,9 @@ class Gate:
             # The told label is not the captioner's claim, whatever other words it holds.
             text = re.sub(re.escape(prompt.label), " ", text, flags=re.IGNORECASE)
         found = contradictions(text, facts)
-        return (Reason.CONTRADICTION, "; ".join(found)) if found else None
+        if found:
+            return Reason.CONTRADICTION, "; ".join(found)
+        return (Reason.NAMES_UNKNOWN, "") if names_unknown(text) else None
 
     def _echo(self, text: str, prompt: Prompt) -> str:
         """The part of the prompt that the answer repeats; "" where it repeats none."""
@@ -167,36 +178,6 @@ _INSTRUCTION = re.compile(
     re.IGNORECASE,
 )
 """Words of every prompt that no description holds."""
-_MARKS = re.compile(r"<\|[^|>]{0,40}\|>|</?s>|\[/?INST\]|<(?:image|pad|unk)>", re.IGNORECASE)
-_ROLE = re.compile(r"^(?:\W*(?:assistant|answer|description|caption|response)\W*(?::|\n)\s*)+", re.IGNORECASE)
-_POLITENESS = re.compile(
-    r"^(?:sure|certainly|of course|okay|here is|here's)\b[^.:!\n]{0,80}[.:!]\s+(?:here(?: is|'s)[^.:\n]{0,80}:\s*)?",
-    re.IGNORECASE,
-)
-_START_WITH = re.compile(r"^\W*start(?:ing)? with\s*", re.IGNORECASE)
-
-
-def tidy(answer: str, prompt: Prompt) -> str:
-    """The answer on one line without what a chat leaves in it, beginning with the class name where one was told.
-
-    Dropped: marks of chat templates, the speaker's name, a polite introduction, emphasis and bullets, quotation marks
-    around all of it or around the opening, and "Start with". An answer whose first sentence does not name the label
-    that was told gets the opening before it.
-    """
-    text = _MARKS.sub(" ", unicodedata.normalize("NFC", answer)).strip()
-    text = re.sub(r"(?m)^\s*(?:[-*•#]+|\d+[.)])\s+", "", _POLITENESS.sub("", _ROLE.sub("", text)))
-    text = " ".join(re.sub(r"\*\*|__|`", "", text).split())
-    text = _START_WITH.sub("", text)
-    quoted = re.match(rf"""["'“‘]({re.escape(prompt.opening)})([.,]?)["'”’]([.,:]?)\s*""", text, re.IGNORECASE)
-    if quoted:
-        rest = text[quoted.end() :]
-        joint = quoted[3] or quoted[2] or ("" if rest[:1].islower() else ".")
-        text = f"{quoted[1]}{joint.replace(':', '.')} {rest}".strip()
-    if len(text) > 1 and text[0] in "\"'“" and text[-1] in "\"'”" and text[0] not in text[1:-1]:
-        text = text[1:-1].strip()
-    if prompt.label and text and prompt.label.lower() not in re.split(r"[.!?]\s", text)[0].lower():
-        text = f"{prompt.opening}. {text}"
-    return text
 
 
 def _garbage(text: str) -> str:
@@ -204,6 +185,9 @@ def _garbage(text: str) -> str:
     strange = next((letter for letter in text if unicodedata.category(letter)[0] == "C" or letter == "\ufffd"), None)
     if strange is not None:
         return f"character U+{ord(strange):04X}"
+    marked = markup(text)
+    if marked:
+        return f"holds {marked!r}"
     visible = [letter for letter in text if not letter.isspace()]
     plain = sum(letter.isascii() and (letter.isalnum() or letter in ".,;:'\"()-/%") for letter in visible)
     if plain < 0.9 * len(visible):
@@ -211,6 +195,32 @@ def _garbage(text: str) -> str:
     words = _words(text)
     if sum(word.isalpha() or "-" in word for word in words) < 0.7 * len(words):
         return "too few words"
+    return _foreign(words) or _repeated(text, words)
+
+
+def _foreign(words: list[str]) -> str:
+    """The little words of another language, where they are more than the English ones."""
+    foreign = [word for word in words if word in _FOREIGN_WORDS]
+    is_foreign = len(foreign) >= 3 and len(foreign) > sum(word in _ENGLISH_WORDS for word in words)
+    return f"not English: {' '.join(sorted(set(foreign)))}" if is_foreign else ""
+
+
+_ENGLISH_WORDS = frozenset(re.findall(r"\w+", "the of and is with are has which its an at from there this that as by"))
+_FOREIGN_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "le la les des un une est avec et dans sur du cette ce qui sont el los las una del con por es y der die das "
+        "ein eine und mit ist auf den il lo gli di che della um uma com os da em na een het van en",
+    )
+)
+"""French, Spanish, German, Italian, Portuguese and Dutch, which are Latin letters too."""
+
+
+def _repeated(text: str, words: list[str]) -> str:
+    sentences = Counter(tuple(_words(sentence)) for sentence in re.split(r"[.!?]\s", text))
+    for sentence, count in sentences.items():
+        if count > 1 and len(sentence) >= 4:
+            return f"repeats {' '.join(sentence)!r}"
     for length, most in ((1, 3), (2, 2), (3, 2)):
         for start in range(len(words) - length * most):
             piece = words[start : start + length]

@@ -32,7 +32,7 @@ from derm_pipeline.images import Pixels, decode, read_bytes
 CaptionerConfig = Annotated[DescriptorConfig | LlavaNextConfig | OpenAiConfig, Field(discriminator="kind")]
 """The settings of any captioner; `kind` says which."""
 
-_CODE = 1
+_CODE = 2
 """Raised when the same answers would give other rows."""
 _PARTS = "answers-"
 _PART_SCHEMA = pa.schema(

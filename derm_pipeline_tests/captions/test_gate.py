@@ -7,8 +7,10 @@ import re
 
 import pytest
 
+from derm_pipeline.captions.chat import tidy
 from derm_pipeline.captions.claims import Facts, contradictions, diagnoses_named
-from derm_pipeline.captions.gate import Gate, GateConfig, Reason, load_token_counter, tidy
+from derm_pipeline.captions.gate import Gate, GateConfig, Reason, load_token_counter
+from derm_pipeline.captions.known import names_unknown
 from derm_pipeline.captions.prompts import FEATURES, Answer, clean_label, make_prompt
 from derm_pipeline.records import Diagnosis, Modality, Sex, Site, SkinTone, SkinType
 
@@ -118,6 +120,77 @@ def test_an_empty_answer_is_refused_with_what_went_wrong(text):
 )
 def test_garbage_is_refused(text):
     assert judge(text, prompt=UNTOLD).reason is Reason.GARBAGE
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "I'm sorry, but I can't help with medical diagnosis based on images.",
+        "Sorry! A dermatologist knows better what this round and brown lesion may be.",
+        "I'm sorry, I cannot provide a diagnosis. Please consult a dermatologist for an accurate evaluation.",
+        "As an AI language model, I am not able to view images, but I can describe general features of nevi.",
+        "Unfortunately, the image cannot be seen, but a typical nevus is round, brown and symmetric.",
+        f"{NEVUS.opening}. It is not possible to determine the nature of the lesion from an image alone.",
+        "The image you've provided appears to be a dermoscopic image of a melanocytic nevus. It is brown and round.",
+        f"{NEVUS.opening}. I can see a brown, round lesion with a regular network and a few dots near its edge.",
+        f"{NEVUS.opening}. Please see a doctor about it. The lesion is brown, round and symmetric with a network.",
+        f"{NEVUS.opening}. A biopsy is recommended because of the uneven colours and the irregular border, brown.",
+    ],
+)
+def test_who_declines_or_speaks_to_the_reader_describes_nothing(said):
+    for prompt in (NEVUS, UNTOLD):
+        assert judge(said, prompt=prompt).reason is Reason.REFUSAL
+
+
+@pytest.mark.parametrize(
+    "advice",
+    [
+        "Please consult a dermatologist for a professional diagnosis.",
+        "It is important to note that this is not a medical diagnosis. A healthcare professional should be consulted. "
+        "I hope this helps!",
+        "However, it's not possible to determine more without a biopsy. Let me know if you have any other questions.",
+        "(Note: this was generated.)",
+    ],
+)
+def test_advice_and_leave_taking_at_the_end_are_dropped_and_the_description_stands(advice):
+    verdict = judge(f"{GOOD} {advice}")
+    assert verdict.accepted
+    assert verdict.text == GOOD
+
+
+def test_skin_type_one_is_not_a_speaker():
+    assert judge(GOOD + " The skin is of type I was all that could be added.").accepted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<p>The lesion is brown and round with a regular network</p> and sharp, smooth borders around it.",
+        "The lesion is brown and round with a regular network; see https://example.org for more about it.",
+        'json {"colours": "brown", "symmetry": "symmetric", "border": "regular", "network": "typical"}',
+        "The lesion is brown and round with a fine network. USER: thanks. ASSISTANT: The lesion is brown and even.",
+        "Cette image dermoscopique montre un naevus rond, brun clair, avec un bord net et un fin treillis pigmentaire.",
+        "La imagen muestra un nevo de color pardo con bordes regulares y una red pigmentada en el centro.",
+        "Das Bild zeigt einen runden, braunen Naevus mit regelmäßigem Netz und einem scharfen Rand auf der Haut.",
+        "The lesion is round and brown. Its edge is sharp and even. The lesion is round and brown.",
+    ],
+)
+def test_markup_other_languages_and_repeated_sentences_are_garbage(text):
+    assert judge(text, prompt=UNTOLD).reason is Reason.GARBAGE
+    assert judge(f"{NEVUS.opening}. {text}").reason is Reason.GARBAGE
+
+
+@pytest.mark.parametrize("word", ["unknown", "None", "N/A", "not specified"])
+def test_what_no_caption_may_say_is_refused(word):
+    text = f"{GOOD} Its vessels: {word}."
+    assert judge(text).reason is Reason.NAMES_UNKNOWN
+    assert names_unknown(text)
+
+
+def test_the_items_of_a_list_become_sentences():
+    said = f"{NEVUS.opening}:\n\n- **Colours**: light brown\n- Symmetry: symmetric in both axes\n1. Border: sharp."
+    verdict = judge(said)
+    assert verdict.text == (f"{NEVUS.opening}: Colours: light brown. Symmetry: symmetric in both axes. Border: sharp.")
 
 
 def test_names_with_accents_and_measures_are_no_garbage():
