@@ -78,7 +78,7 @@ def unpack_archives(folder: Path, names: Sequence[str], on_progress: OnProgress 
             oversized or overcompressed member, too many members); or the disk has too little space. Nothing is left.
         OSError: the folder cannot be written to.
     """
-    todo = [name for name in names if _is_to_unpack(folder, name)]
+    todo = [name for name in names if is_to_unpack(folder, name)]
     total = sum(_archive(folder, name).stat().st_size for name in todo)
     unpacked = []
     done = 0
@@ -90,13 +90,25 @@ def unpack_archives(folder: Path, names: Sequence[str], on_progress: OnProgress 
                 on_progress(min(before + num_bytes, total), total)
 
         with _explaining(archive, folder / name), lock_file(_hidden(folder / name, "lock")):
-            if _is_to_unpack(folder, name):  # nobody else did, while we waited
+            if is_to_unpack(folder, name):  # nobody else did, while we waited
                 _unpack(archive, folder / name, show)
                 unpacked.append(name)
         size_bytes = archive.stat().st_size if archive.exists() else 0
         show(size_bytes)
         done += size_bytes
     return unpacked
+
+
+def member_names(folder: Path, name: str) -> list[str]:
+    """The paths of what an archive holds, as they stand in it.
+
+    Raises:
+        ValueError: it is damaged, or has too many members.
+    """
+    archive = _archive(folder, name)
+    with _open(archive) as opened:
+        _check_contents(archive, opened.infolist())
+        return opened.namelist()
 
 
 @contextmanager
@@ -163,7 +175,8 @@ def _hidden(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.{what}")
 
 
-def _is_to_unpack(folder: Path, name: str) -> bool:
+def is_to_unpack(folder: Path, name: str) -> bool:
+    """Whether `<folder>/<name>.zip` is there and the folder into which it is unpacked is not."""
     return _archive(folder, name).is_file() and not os.path.lexists(folder / name)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from derm_pipeline.records import Diagnosis, Modality, Site, Split
 from derm_pipeline.sources.base import OnProgress
 from derm_pipeline.sources.layout import Layout, subfolders
-from derm_pipeline.sources.listing import Candidate, Listing, find_images, fingerprint_files, pair, parse_mapped
+from derm_pipeline.sources.listing import Candidate, Listing, find_images, pair, parse_mapped
 from derm_pipeline.sources.tables import Row, read_table
 from derm_pipeline.sources.words import SEXES, known_cells, known_or_none, parse_site
 
@@ -121,8 +121,7 @@ class D7p:
 
     def fingerprint(self, folder: Path) -> str:
         """See `Source.fingerprint`."""
-        tables = [*LAYOUT.find_tables(folder), *filter(None, LAYOUT.find_extras(folder))]
-        return fingerprint_files(folder, tables, _image_folders(folder))
+        return LAYOUT.fingerprint(folder, _image_folders(folder))
 
 
 def _image_folders(folder: Path) -> list[str]:

@@ -382,3 +382,21 @@ def test_no_name_of_d7p_looks_like_the_isic_archives(folder):
     found = scan(SOURCE, folder).records
     for column in ("image_id", "lesion_id"):
         assert archive_names(found[column]).null_count == 2 * NUM_CASES
+
+
+def test_the_downloaded_archive_may_stay_beside_what_was_unpacked_from_it(folder):
+    with zipfile.ZipFile(folder / "release_v0.zip", "w") as archive:
+        for path in folder.glob("*/**/*.*"):
+            archive.write(path, Path("release_v0", path.relative_to(folder)))
+    SOURCE.prepare(folder)
+    assert not (folder / "release_v0").exists()
+    assert len(records(folder)) == 2 * NUM_CASES
+
+
+def test_the_release_has_a_fingerprint_before_it_is_unpacked(folder, tmp_path_factory):
+    zipped = tmp_path_factory.mktemp("zipped")
+    with zipfile.ZipFile(zipped / "release_v0.zip", "w") as archive:
+        archive.write(folder / "meta" / "meta.csv", "release_v0/meta/meta.csv")
+    assert SOURCE.fingerprint(zipped) == SOURCE.fingerprint(zipped)
+    with pytest.raises(FileNotFoundError, match=r"release_v0.zip lies there and is unpacked when first used"):
+        SOURCE.list_images(zipped)
