@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, field_validator
 
 from derm_pipeline.captions.prompted import PromptedConfig, within_bounds
-from derm_pipeline.captions.prompts import Answer, Question
+from derm_pipeline.captions.prompts import Answer, Prompt, Question
 from derm_pipeline.images import encode_jpeg
 
 _MAX_ANSWER_CHARACTERS = 20_000
@@ -34,8 +35,9 @@ class OpenAiConfig(PromptedConfig):
     """Where the server is, with the version: "http://gpu-1:8000/v1"."""
     model: str = Field(min_length=1)
     """The model's name on that server."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the key; the caller reads it. None for a server without keys."""
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Name of the environment variable that holds the key, never the key itself; the caller reads it. None for a server
+    without keys."""
     batch_size: int = Field(default=32, ge=1)
     """Images asked about at once; as many answers are lost when the work is interrupted."""
     concurrency: int = Field(default=8, ge=1, le=256)
@@ -55,6 +57,8 @@ class OpenAiConfig(PromptedConfig):
     def _http(cls, value: str) -> str:
         if not value.startswith(("http://", "https://")):
             raise ValueError(f"base_url is {value!r}; it must begin with http:// or https://")
+        if "@" in value or "?" in value:  # it stands in messages, where no secret may
+            raise ValueError("base_url holds a user, a password or a query; name a key by api_key_env instead")
         return value
 
 
@@ -95,14 +99,15 @@ class OpenAiCaptioner:
             max_retries=config.max_retries,
             default_headers={"OpenAI-Organization": unsaid, "OpenAI-Project": unsaid},  # type: ignore[dict-item]  # Omit is taken, though not declared
         )
-        self._has_answered = False
+        self._secret = api_key
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """See `PromptedCaptioner.answer`; `concurrency` requests at a time.
 
         Raises:
             PermissionError: the server refuses the key.
-            ValueError: it does not know the address or the model, or has refused every question so far.
+            ValueError: it does not know the address or the model, or answers nothing that can be used, not even a
+                plain question about a grey image.
             ConnectionError: it cannot be reached, or stays too busy.
         """
         pool = ThreadPoolExecutor(self.config.concurrency)
@@ -110,12 +115,13 @@ class OpenAiCaptioner:
             answers = list(pool.map(self._ask, questions))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        refused = [answer.problem for answer in answers if answer.problem.startswith(_REFUSED)]
-        self._has_answered |= len(refused) < len(answers)
-        if refused and not self._has_answered:
-            # One image may be too much for a server; a server that takes none is asked the wrong way.
-            raise ValueError(f"{self.config.base_url} has answered no question so far: {refused[0]}")
+        # An image may be too much for a server; one that cannot say what grey is answers nobody.
+        if answers and all(answer.problem for answer in answers) and not self._is_alive():
+            raise ValueError(f"{self.config.base_url} answers no question: {answers[0].problem}")
         return answers
+
+    def _is_alive(self) -> bool:
+        return any(not self._ask(_PLAIN_QUESTION).problem for _ in range(_PLAIN_TRIES))
 
     def _ask(self, question: Question) -> Answer:
         openai, url = self._openai, self.config.base_url
@@ -123,18 +129,18 @@ class OpenAiCaptioner:
             response = self._client.chat.completions.with_raw_response.create(**self._request(question))
             return read_answer(response.text)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise PermissionError(f"{url} refuses the key ({_short(error)}); see api_key_env") from error
+            raise PermissionError(f"{url} refuses the key ({self._short(error)}); see api_key_env") from error
         except openai.NotFoundError as error:
             raise ValueError(
-                f"{url} does not know the address or the model {self.model!r} ({_short(error)})"
+                f"{url} does not know the address or the model {self.model!r} ({self._short(error)})"
             ) from error
         except (openai.RateLimitError, openai.APIConnectionError) as error:
             tries = self.config.max_retries + 1
-            raise ConnectionError(f"{url} did not answer in {tries} tries ({_short(error)})") from error
+            raise ConnectionError(f"{url} did not answer in {tries} tries ({self._short(error)})") from error
         except openai.APIStatusError as error:
             if error.status_code in (502, 503, 504):
-                raise ConnectionError(f"{url} is down ({_short(error)})") from error
-            return Answer("", None, f"{_REFUSED}{_short(error)}")
+                raise ConnectionError(f"{url} is down ({self._short(error)})") from error
+            return Answer("", None, f"refused: {self._short(error)}")
 
     def _request(self, question: Question) -> dict[str, Any]:
         image = within_bounds(question.image, self.config.max_pixels)
@@ -153,12 +159,16 @@ class OpenAiCaptioner:
             "extra_body": {} if self.config.top_k is None else {"top_k": self.config.top_k},
         }
 
+    def _short(self, error: Exception) -> str:
+        """The error's first words, without the key, which some servers repeat."""
+        words = " ".join(str(error).split())
+        return (words.replace(self._secret, "***") if self._secret else words)[:200]
 
-_REFUSED = "refused: "
 
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+_PLAIN_QUESTION = Question(
+    np.full((64, 64, 3), 128, np.uint8), Prompt("Which colour is this image?", opening="", label=None), seed=0
+)
+_PLAIN_TRIES = 3
 
 
 def read_answer(body: str) -> Answer:

@@ -213,8 +213,53 @@ MALFORMED = [
 def test_a_malformed_response_is_an_empty_answer(body):
     answer = read_answer(body.decode(errors="replace"))
     assert answer.text == ""
-    with serving(lambda handler, *_: handler.reply(body)) as server:
+
+    def nonsense_about_the_first(handler, asked, number):
+        if len(handler.server.requests) == 1:
+            handler.reply(body)
+        else:
+            answering(handler, asked, number)
+
+    with serving(nonsense_about_the_first) as server:
         assert captioner(server.url).answer(questions(1))[0].text == ""
+
+
+@pytest.mark.parametrize("reply", [(b"<html>log in</html>", 200), (b'{"error": "CUDA error"}', 500)])
+def test_a_server_that_answers_nothing_any_more_is_an_error_and_no_table_of_stand_ins(items, tmp_path, reply):
+    def failing_later(handler, body, number):
+        if len(handler.server.tries) > 4:
+            handler.reply(*reply)
+        else:
+            answering(handler, body, number)
+
+    with serving(failing_later) as server, pytest.raises(ValueError, match="answers no question"):
+        describe_all(items, captioner(server.url, max_retries=0), Gate(), work=tmp_path / "work")
+    with serving(answering) as server:
+        table = describe_all(items, captioner(server.url), Gate(), work=tmp_path / "work")
+        assert len(server.requests) == 6
+    assert set(table["verdict"].to_pylist()) == {"accepted"}
+
+
+def test_an_image_that_a_server_cannot_take_is_no_reason_to_stop_when_it_is_asked_about_alone():
+    def picky(handler, body, number):
+        if body["messages"][0]["content"][1]["text"] == PROMPT.text:
+            handler.reply({"error": {"message": "too large"}}, 400)
+        else:
+            answering(handler, body, number)
+
+    with serving(picky) as server:
+        answers = captioner(server.url).answer(questions(2))
+    assert [answer.problem.startswith("refused: ") for answer in answers] == [True, True]
+
+
+def test_the_key_is_in_no_message_even_if_the_server_repeats_it():
+    key = f"sk-{np.random.default_rng().integers(10**12)}"
+    for status in (400, 401, 404, 503):
+        with serving(lambda handler, *_: handler.reply({"error": {"message": f"wrong key {key}"}}, status)) as server:  # noqa: B023  called within the loop
+            with pytest.raises((OSError, ValueError)) as caught:
+                captioner(server.url, api_key_env="KEY", api_key=key, max_retries=0).answer(questions(1))
+            assert "wrong key" in str(caught.value)
+            assert key not in str(caught.value)
 
 
 def test_malformed_answers_are_refused_by_the_gate_and_asked_for_again(items, tmp_path):
@@ -249,14 +294,14 @@ def test_the_finish_reason_says_whether_an_answer_is_whole():
         (401, PermissionError, "refuses the key"),
         (403, PermissionError, "refuses the key"),
         (404, ValueError, "does not know the address or the model 'tiny'"),
-        (400, ValueError, "has answered no question so far"),
+        (400, ValueError, "answers no question"),
     ],
 )
 def test_what_no_repetition_mends_stops_at_once(status, kind, message):
     with serving(lambda handler, *_: handler.reply({"error": {"message": "no"}}, status)) as server:
         with pytest.raises(kind, match=message):
             captioner(server.url).answer(questions(1))
-        assert len(server.requests) == 1
+        assert len(server.requests) <= 4
 
 
 def test_one_image_that_a_server_cannot_take_falls_back_and_the_others_go_on(items, tmp_path):
@@ -322,5 +367,11 @@ def test_a_captioner_in_this_process_with_the_same_answers_gives_the_same_table(
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="must begin with http"):
         OpenAiConfig(base_url="127.0.0.1:8000", model="m")
+    for url in ("http://user:secret@host/v1", "http://host/v1?key=secret"):
+        with pytest.raises(ValueError, match="api_key_env") as caught:
+            OpenAiConfig(base_url=url, model="m")
+        assert "secret" not in caught.value.errors()[0]["msg"]
+    with pytest.raises(ValueError, match="should match pattern"):
+        OpenAiConfig(base_url="http://host/v1", model="m", api_key_env="sk-1234")
     with pytest.raises(ValueError, match="environment variable MY_KEY"):
         captioner("http://127.0.0.1/v1", api_key_env="MY_KEY")
