@@ -1,4 +1,4 @@
-"""What is measured in every image while it is scanned: brightness, sharpness, a perceptual hash, the skin's colour.
+"""What is measured in every image while it is scanned: brightness, sharpness, what it looks like, the skin's colour.
 
 Everything is measured on the image squashed to `WORK_PX` x `WORK_PX`, so that a whole batch is one array, and so that
 figures of images of different sizes can be compared. What is estimated here is never a label: it stands in a table of
@@ -19,6 +19,8 @@ from derm_pipeline.records import Modality, SkinType
 
 WORK_PX = 128
 """Side of the squashed images that are measured; 4 x `_SMALL_PX`."""
+THUMBNAIL_PX = 16
+"""Side of the thumbnails that are kept; `_SMALL_PX` / 2."""
 
 STATISTICS_SCHEMA = pa.schema(
     [
@@ -35,18 +37,19 @@ STATISTICS_SCHEMA = pa.schema(
         pa.field("std_blue", pa.float32(), nullable=False),
         pa.field("sharpness", pa.float32(), nullable=False),
         pa.field("phash", pa.uint64(), nullable=False),
+        pa.field("thumbnail", pa.binary(THUMBNAIL_PX**2), nullable=False),
         pa.field("ita_deg", pa.float32()),
         pa.field("estimated_skin_type", pa.int32()),
     ]
 )
 """Column names and types of the `statistics` table: one row a record, in the records' order.
 
-Mean and standard deviation are of each channel, 0 to 255. See `sharpness`, `perceptual_hashes`, `skin_ita_degrees` and
-`estimated_skin_types`. The last column stays last."""
+Mean and standard deviation are of each channel, 0 to 255. See `sharpness`, `perceptual_hashes`, `thumbnails`,
+`skin_ita_degrees` and `estimated_skin_types`. The last column stays last."""
 
 MEASURED = (
     *("mean_red", "mean_green", "mean_blue", "std_red", "std_green", "std_blue"),
-    *("sharpness", "phash", "ita_deg"),
+    *("sharpness", "phash", "thumbnail", "ita_deg"),
 )
 """The columns that follow from the pixels alone."""
 
@@ -90,7 +93,8 @@ def measure(images: Pixels) -> pa.RecordBatch:
         cv2.cvtColor(image, cv2.COLOR_RGB2GRAY, dst=grey[row])
         cv2.resize(image, (_SMALL_PX, _SMALL_PX), dst=small[row], interpolation=cv2.INTER_AREA)
         moments[row] = np.concatenate(cv2.meanStdDev(image)).ravel()
-    columns = [*moments.T, sharpness(grey), perceptual_hashes(small), skin_ita_degrees(small)]
+    kept = [one.tobytes() for one in thumbnails(small)]
+    columns = [*moments.T, sharpness(grey), perceptual_hashes(small), kept, skin_ita_degrees(small)]
     schema = pa.schema([STATISTICS_SCHEMA.field(name) for name in MEASURED])
     arrays = [pa.array(column, field.type, from_pandas=True) for column, field in zip(columns, schema, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
@@ -138,6 +142,25 @@ def perceptual_hashes(images: Pixels) -> npt.NDArray[np.uint64]:
     low = np.round(low.reshape(len(images), 64), 3)  # so that rounding errors decide no bit of a flat image
     bits = low > np.median(low, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(">u8").astype(np.uint64).reshape(len(images))
+
+
+def thumbnails(images: Pixels) -> Pixels:
+    """The images (n, 32, 32, 3) in grey, (n, 16, 16): from 0, each one's darkest pixel, to 255, its brightest.
+
+    Stretched so that an image of little contrast loses no more to rounding than others; all 0 for an image whose pixels
+    are less than one of 256 grey levels apart. 256 bytes an image; `duplicates` compares them. Whole numbers only, so
+    that neither the batch nor the machine changes a pixel.
+    """
+    fours = sum(images[:, row::2, column::2].astype(np.int64) for row in (0, 1) for column in (0, 1))
+    grey = fours @ np.array([299, 587, 114])
+    darkest = grey.min((1, 2), keepdims=True)
+    width = grey.max((1, 2), keepdims=True) - darkest
+    stretched = ((grey - darkest) * 255 + width // 2) // np.maximum(width, 1)
+    return np.where(width < _ONE_LEVEL, 0, stretched).astype(np.uint8)
+
+
+_ONE_LEVEL = 4 * 1000
+"""One grey level in the sums of `thumbnails`: of four pixels, weighted by 1000 in all."""
 
 
 def _ring() -> npt.NDArray[np.bool_]:

@@ -100,6 +100,32 @@ def hashes_of(images: list[np.ndarray]) -> np.ndarray:
     return np.array(st.measure(squares)["phash"], np.uint64)
 
 
+def test_a_thumbnail_is_grey_and_goes_from_the_darkest_to_the_brightest_pixel():
+    images = np.concatenate([noise(10, 32), noise(10, 32) // 20 + 100])
+    grey = images @ np.array([0.299, 0.587, 0.114])
+    for image, found in zip(grey, st.thumbnails(images), strict=True):
+        means = image.reshape(st.THUMBNAIL_PX, 2, st.THUMBNAIL_PX, 2).mean((1, 3))
+        assert np.abs((means - means.min()) / np.ptp(means) * 255 - found).max() < 0.51
+        assert (found.min(), found.max()) == (0, 255)
+    assert st.thumbnails(images[:0]).shape == (0, st.THUMBNAIL_PX, st.THUMBNAIL_PX)
+
+
+def test_light_and_contrast_leave_the_thumbnail_as_it_is_and_one_colour_has_none():
+    images = noise(10, 32) // 3
+    assert np.array_equal(st.thumbnails(images), st.thumbnails(images * 2 + 50))
+    plain = flat(200, 90, 40)
+    plain[0, 60:, :, 2] += 3  # 0.34 grey levels
+    assert set(st.measure(plain)["thumbnail"][0].as_py()) == {0}
+
+
+def test_the_thumbnail_of_a_row_is_its_images():
+    images = np.concatenate([noise(3), smooth(3)])
+    small = np.stack([cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA) for image in images])
+    found = st.measure(images)["thumbnail"]
+    assert found.type == st.STATISTICS_SCHEMA.field("thumbnail").type
+    assert found.to_pylist() == [one.tobytes() for one in st.thumbnails(small)]
+
+
 @pytest.mark.parametrize(
     ("lightness", "b", "angle", "tone", "skin_type"),
     [
