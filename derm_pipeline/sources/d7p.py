@@ -16,7 +16,7 @@ from derm_pipeline.sources.base import OnProgress
 from derm_pipeline.sources.layout import Layout, subfolders
 from derm_pipeline.sources.listing import Candidate, Listing, find_images, pair, parse_mapped
 from derm_pipeline.sources.tables import Row, read_table
-from derm_pipeline.sources.words import SEXES, known_cells, known_or_none, parse_site
+from derm_pipeline.sources.words import SEXES, known_cells, known_or_none, label_or_blank, parse_site
 
 HOMEPAGE = "https://derm.cs.sfu.ca"
 INDEX_FILES = {Split.TRAIN: "train_indexes.csv", Split.VAL: "valid_indexes.csv", Split.TEST: "test_indexes.csv"}
@@ -181,7 +181,7 @@ def _candidate(cells: Mapping[str, str], file: str | None, splits: Mapping[int, 
     return Candidate(
         image_id=cells["image_id"],
         file=file,
-        source_label=cells["diagnosis"],
+        source_label=label_or_blank(cells["diagnosis"], DIAGNOSES),
         diagnosis=parse_mapped(DIAGNOSES, "diagnosis", cells["diagnosis"]),
         modality=_VIEWS[cells["view"]],
         sex=parse_mapped(SEXES, "sex", cells["sex"]),

@@ -15,7 +15,7 @@ from derm_pipeline.sources.base import OnProgress
 from derm_pipeline.sources.layout import Layout
 from derm_pipeline.sources.listing import BadRowError, Candidate, Listing, pair, parse_age, parse_mapped
 from derm_pipeline.sources.tables import Row, read_table
-from derm_pipeline.sources.words import SEXES, known_or_none, parse_site
+from derm_pipeline.sources.words import SEXES, known_or_none, label_or_blank, parse_site
 
 SITES = {
     "anterior torso": Site.FRONT_OF_TRUNK,
@@ -202,7 +202,7 @@ class Isic2020(_Challenge):
             return Candidate(
                 image_id=cells["image_name"],
                 file=file,
-                source_label=cells["diagnosis"],
+                source_label=label_or_blank(cells["diagnosis"], self.diagnoses),
                 diagnosis=parse_mapped(self.diagnoses, "diagnosis", cells["diagnosis"]),
                 malignant=_malignant(cells),
                 age_years=parse_age("age_approx", cells["age_approx"]),
@@ -232,13 +232,13 @@ class _Metadata:
         found: dict[str, Row] = {}
         quarantined = []
         for row in read_table(folder / table, columns) if table else ():
-            image = row.cells.get("image", "")
+            image = known_or_none(row.cells.get("image", ""))
             if image and image not in found:
                 found[image] = row
                 continue
             reason = f"image {image} is already in line {found[image].line}, which is kept" if image else "no image"
             reason = f"{table} line {row.line}: {reason}"
-            quarantined.append(Quarantined(source=source, image_id=image or None, file=None, reason=reason))
+            quarantined.append(Quarantined(source=source, image_id=image, file=None, reason=reason))
         return cls(table or "", found, quarantined)
 
     def cells(self, image: str) -> Mapping[str, str]:
@@ -325,10 +325,9 @@ def _read_twins(source: str, folder: Path, table: str | None) -> tuple[dict[str,
     twins: dict[str, set[str]] = {}
     bad_pairs = []
     for row in read_table(folder / table, ("image_name_1", "image_name_2")) if table else ():
-        one, other = row.cells.get("image_name_1", ""), row.cells.get("image_name_2", "")
-        problem = row.problem or ("" if one and other and one != other else "it names no two images")
-        if problem:
-            reason = f"{table} line {row.line}: {problem}"
+        one, other = (known_or_none(row.cells.get(name, "")) for name in ("image_name_1", "image_name_2"))
+        if row.problem or not one or not other or one == other:
+            reason = f"{table} line {row.line}: {row.problem or 'it names no two images'}"
             bad_pairs.append(Quarantined(source=source, image_id=one or other or None, file=None, reason=reason))
             continue
         twins.setdefault(one, set()).add(other)

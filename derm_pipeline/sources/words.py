@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from derm_pipeline.records import Sex, Site
 from derm_pipeline.sources.listing import UNKNOWN_WORDS, parse_mapped
@@ -13,6 +13,16 @@ SEXES = {sex.value: sex for sex in Sex}
 def known_or_none(text: str) -> str | None:
     """The text; None for the spellings of unknown, so that no two rows share "nan" as their lesion."""
     return None if text.lower() in UNKNOWN_WORDS else text
+
+
+def label_or_blank(text: str, labels: Collection[str]) -> str:
+    """The label as it stands; "" for the spellings of unknown, but for one that is among the source's own labels.
+
+    Args:
+        text: the cell.
+        labels: the source's labels in lower case.
+    """
+    return text if text.lower() in labels else known_or_none(text) or ""
 
 
 def known_cells(cells: Mapping[str, str], columns: tuple[str, ...]) -> dict[str, str]:

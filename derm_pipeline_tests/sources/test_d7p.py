@@ -400,3 +400,9 @@ def test_the_release_has_a_fingerprint_before_it_is_unpacked(folder, tmp_path_fa
     assert SOURCE.fingerprint(zipped) == SOURCE.fingerprint(zipped)
     with pytest.raises(FileNotFoundError, match=r"release_v0.zip lies there and is unpacked when first used"):
         SOURCE.list_images(zipped)
+
+
+def test_a_missing_label_is_none(folder):
+    write_table(folder, [case(0, diagnosis="NaN")])
+    found = records(folder)["nel-nel000"]
+    assert (found["source_label"], found["diagnosis"], found["malignant"]) == ("", None, None)

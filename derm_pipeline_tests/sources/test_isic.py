@@ -306,6 +306,15 @@ def test_a_label_of_2020_is_mapped_and_kept(set_2020, label, diagnosis):
     assert label.lower() in Isic2020().diagnoses
 
 
+@pytest.mark.parametrize("word", ["", "NaN", "n/a"])
+def test_a_missing_label_of_2020_is_none_and_the_publishers_unknown_stays(set_2020, word):
+    rows = [row_2020("ISIC_0000000", diagnosis=word), row_2020("ISIC_0000001", diagnosis="unknown")]
+    write_table(set_2020 / "train.csv", rows)
+    found = records(Isic2020(), set_2020)
+    assert [found[image]["source_label"] for image in sorted(found)] == ["", "unknown"]
+    assert [found[image]["diagnosis"] for image in sorted(found)] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("word", "target", "malignant"),
     [
@@ -396,14 +405,18 @@ def test_the_publishers_duplicates_of_2020_are_named_on_both_sides(set_2020):
 
 
 def test_a_row_of_the_duplicates_that_is_no_pair_is_quarantined(set_2020):
-    (set_2020 / DUPLICATES_2020).write_text("image_name_1,image_name_2\nISIC_0000000,\nISIC_0000001\nISIC_2,ISIC_2\n")
+    (set_2020 / DUPLICATES_2020).write_text(
+        "image_name_1,image_name_2\nISIC_0000000,\nISIC_0000001\nISIC_2,ISIC_2\nISIC_0000003,NaN\n"
+    )
     found = reasons(Isic2020(), set_2020)
     assert {image: reason.partition(": ")[0] for image, reason in found.items()} == {
         "ISIC_0000000": f"{DUPLICATES_2020} line 2",
         "ISIC_0000001": f"{DUPLICATES_2020} line 3",
         "ISIC_2": f"{DUPLICATES_2020} line 4",
+        "ISIC_0000003": f"{DUPLICATES_2020} line 5",
     }
-    assert len(records(Isic2020(), set_2020)) == 4
+    found = records(Isic2020(), set_2020)
+    assert [found[image]["lesion_id"] for image in sorted(found)] == [None] * 4
 
 
 # All three
