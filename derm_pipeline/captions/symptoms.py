@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
-from pydantic import Field, TypeAdapter, ValidationError
 
 from derm_pipeline.artifacts import digest_of_json, write_table
 from derm_pipeline.captions.claims import Facts
@@ -26,14 +24,23 @@ from derm_pipeline.captions.llava_next import LlavaNextCaptioner, LlavaNextConfi
 from derm_pipeline.captions.openai_server import OpenAiCaptioner, OpenAiConfig
 from derm_pipeline.captions.prompted import PromptedCaptioner, seed_of
 from derm_pipeline.captions.prompts import Answer, Prompt, Question, make_prompt
-from derm_pipeline.captions.visual import VISUAL_CAPTION_SCHEMA, DescriptorConfig
+from derm_pipeline.captions.settings import CaptionerConfig, read_captioner_config
+from derm_pipeline.captions.visual import VISUAL_CAPTION_SCHEMA
 from derm_pipeline.images import Pixels, decode, read_bytes
 
-CaptionerConfig = Annotated[DescriptorConfig | LlavaNextConfig | OpenAiConfig, Field(discriminator="kind")]
-"""The settings of any captioner; `kind` says which."""
+__all__ = [
+    "CaptionerConfig",
+    "ImageToCaption",
+    "LlavaNextConfig",
+    "OpenAiConfig",
+    "describe_all",
+    "make_captioner",
+    "read_captioner_config",
+]
 
 _CODE = 2
 """Raised when the same answers would give other rows."""
+_FALLBACK = "fallback"
 _PARTS = "answers-"
 _PART_SCHEMA = pa.schema(
     [
@@ -44,29 +51,6 @@ _PART_SCHEMA = pa.schema(
         pa.field("problem", pa.string(), nullable=False),
     ]
 )
-
-
-def read_captioner_config(file: Path) -> CaptionerConfig:
-    """The settings in a YAML file; those of the embedded descriptor where there is no such file.
-
-    Raises:
-        ValueError: it is not YAML, or no settings of a captioner; the message names file, key and what is allowed.
-    """
-    if not file.exists():
-        return DescriptorConfig()
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
-    adapter: TypeAdapter[CaptionerConfig] = TypeAdapter(CaptionerConfig)
-    try:
-        return adapter.validate_python(settings)
-    except ValidationError as error:
-        complaints = []
-        for one in error.errors()[:5]:
-            key = ".".join(str(part) for part in one["loc"])
-            complaints.append(f"{file}: {key + ': ' if key else ''}{one['msg'].removeprefix('Value error, ')}")
-        raise ValueError("\n".join(complaints)) from error
 
 
 def make_captioner(config: LlavaNextConfig | OpenAiConfig, *, api_key: str | None = None) -> PromptedCaptioner:
@@ -141,7 +125,7 @@ def describe_all(
     """
     cases = [_case(item, captioner, gate) for item in items]
     unique = {case.digest: case for case in cases}
-    rows = _taken_up(previous, set(unique))
+    rows = _taken_up(previous, unique)
     run = _Run(captioner, gate, work, rows)
     run.replay(unique)
     waiting = deque(case for digest, case in unique.items() if digest not in rows)
@@ -172,13 +156,17 @@ def _case(item: ImageToCaption, captioner: PromptedCaptioner, gate: Gate) -> _Ca
     return _Case(item, prompt, digest_of_json(identity))
 
 
-def _taken_up(previous: pa.Table | None, digests: set[str]) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier table that are wanted, by question digest."""
+def _taken_up(previous: pa.Table | None, cases: Mapping[str, _Case]) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier table that are wanted, by question digest; stand-ins are today's."""
     if previous is None or "question_digest" not in previous.column_names:
         return {}
     names = [name for name in VISUAL_CAPTION_SCHEMA.names if name in previous.column_names]
-    wanted = previous.select(names).filter(pa.compute.is_in(previous["question_digest"], pa.array(sorted(digests))))
-    return {row["question_digest"]: row for row in wanted.to_pylist()}
+    wanted = previous.select(names).filter(pa.compute.is_in(previous["question_digest"], pa.array(sorted(cases))))
+    rows = {row["question_digest"]: row for row in wanted.to_pylist()}
+    for digest, row in rows.items():
+        if row["verdict"] == _FALLBACK:
+            row["text"] = cases[digest].item.stand_in
+    return rows
 
 
 @dataclass
@@ -235,7 +223,7 @@ class _Run:
         if verdict.accepted:
             self._finish(case, "accepted", verdict.text, len(case.refused) + 1, seed)
         elif len(case.refused) >= self.captioner.config.num_attempts:
-            self._finish(case, "fallback", case.item.stand_in, len(case.refused), seed)
+            self._finish(case, _FALLBACK, case.item.stand_in, len(case.refused), seed)
 
     def _finish(self, case: _Case, verdict: str, text: str, attempts: int, seed: int) -> None:
         count = self.gate.count_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import signal
@@ -185,6 +186,16 @@ def test_what_was_said_under_other_circumstances_is_not_taken_up(items, tmp_path
     captioner = Scripted(config=config)
     describe_all([item], captioner, gate, work=tmp_path, previous=previous)
     assert len(captioner.asked) == (0 if change == "how it runs" else 1)
+
+
+def test_a_stand_in_is_todays_also_in_a_row_that_is_taken_up(items, tmp_path):
+    empty = Scripted(lambda *_: Answer("", None))
+    previous = describe_all(items[:2], empty, Gate(), work=tmp_path / "a")
+    better = [dataclasses.replace(item, stand_in="a better sentence") for item in items[:2]]
+    captioner = Scripted()
+    table = describe_all(better, captioner, Gate(), work=tmp_path / "b", previous=previous)
+    assert captioner.asked == []
+    assert table["text"].to_pylist() == ["a better sentence"] * 2
 
 
 def test_equal_images_are_asked_about_once(items, tmp_path):
