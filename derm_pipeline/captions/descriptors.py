@@ -15,23 +15,11 @@ import numpy.typing as npt
 
 from derm_pipeline.captions.segmentation import Floats, Mask, Scene, disc, to_lab
 from derm_pipeline.records import SkinType
+from derm_pipeline.sources.statistics import ItaClass, ita_class, ita_degrees
 
 Colour = Literal["white", "pink", "red", "light brown", "dark brown", "blue-grey", "black"]
 COLOURS: tuple[Colour, ...] = ("white", "pink", "red", "light brown", "dark brown", "blue-grey", "black")
 """The dermoscopic palette (six colours of the ABCD rule, Stolz et al. 1994, and pink)."""
-
-SkinTone = Literal["very light", "light", "intermediate", "tan", "brown", "dark"]
-_TONE_BANDS: tuple[tuple[float, SkinTone, SkinType], ...] = (
-    (55, "very light", SkinType.I),
-    (41, "light", SkinType.II),
-    (28, "intermediate", SkinType.III),
-    (10, "tan", SkinType.IV),
-    (-30, "brown", SkinType.V),
-    (-181, "dark", SkinType.VI),
-)
-"""Lower end of each ITA class in degrees (Del Bino and Bernerd 2013, doi:10.1111/bjd.12529), and the Fitzpatrick type
-that we estimate from it: the n-th class is type n. That is a convention: ITA measures colour, Fitzpatrick asks how skin
-burns."""
 
 _REFERENCE_AB = (11.0, 16.0)
 """CIELAB a* and b* of skin under a neutral light, nearly the same for all skin types."""
@@ -101,26 +89,14 @@ class Measurements:
         return float(getattr(self, colour.replace(" ", "_").replace("-", "_")))
 
     @property
-    def skin_tone(self) -> SkinTone:
-        return skin_tone(self.ita_deg)[0]
+    def ita_class(self) -> ItaClass:
+        """The name of the angle's class."""
+        return ita_class(self.ita_deg)[0]
 
     @property
     def skin_type(self) -> SkinType:
         """The Fitzpatrick type estimated from the skin's colour."""
-        return skin_tone(self.ita_deg)[1]
-
-
-def ita_degrees(lightness: float, b: float) -> float:
-    """Individual typology angle atan2(L* - 50, b*) in degrees (Chardon et al. 1991); 90 when both are 0 or b* is."""
-    return float(np.degrees(np.arctan2(lightness - 50, max(b, 1e-6))))
-
-
-def skin_tone(ita_deg: float) -> tuple[SkinTone, SkinType]:
-    """The ITA class of an angle in degrees, and the Fitzpatrick type it suggests; bounds belong to the darker class."""
-    for lower, tone, skin_type in _TONE_BANDS:
-        if ita_deg > lower:
-            return tone, skin_type
-    raise ValueError(f"an ITA of {ita_deg} is not an angle in degrees")
+        return ita_class(self.ita_deg)[1]
 
 
 def measure(scene: Scene) -> Measurements:

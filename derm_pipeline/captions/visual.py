@@ -171,7 +171,7 @@ def _listed(words: Sequence[str]) -> str:
 _ARROW_TYPES = {"bool": pa.bool_(), "float": pa.float64(), "int": pa.int64()}
 DESCRIPTOR_SCHEMA = pa.schema(
     [
-        pa.field("skin_tone", pa.string(), nullable=False),
+        pa.field("ita_class", pa.string(), nullable=False),
         pa.field("estimated_skin_type", pa.int32(), nullable=False),
         *(pa.field(field.name, _ARROW_TYPES[str(field.type)], nullable=False) for field in fields(Measurements)),
     ]
@@ -201,7 +201,7 @@ From `model` on: how a prompted captioner came to the text (see `symptoms`), nul
 
 def descriptors_table(measured: Sequence[Measurements]) -> pa.Table:
     """The measurements as a table with `DESCRIPTOR_SCHEMA`, in the order given."""
-    rows = [{"skin_tone": one.skin_tone, "estimated_skin_type": int(one.skin_type), **asdict(one)} for one in measured]
+    rows = [{"ita_class": one.ita_class, "estimated_skin_type": int(one.skin_type), **asdict(one)} for one in measured]
     return pa.Table.from_pylist(rows, schema=DESCRIPTOR_SCHEMA)
 
 

@@ -53,8 +53,8 @@ MEASURED = (
 )
 """The columns that follow from the pixels alone."""
 
-ToneWord = Literal["very light", "light", "intermediate", "tan", "brown", "dark"]
-TONE_BANDS: tuple[tuple[float, ToneWord, SkinType], ...] = (
+ItaClass = Literal["very light", "light", "intermediate", "tan", "brown", "dark"]
+ITA_BANDS: tuple[tuple[float, ItaClass, SkinType], ...] = (
     (55, "very light", SkinType.I),
     (41, "light", SkinType.II),
     (28, "intermediate", SkinType.III),
@@ -72,9 +72,9 @@ def ita_degrees(lightness: float, b: float) -> float:
     return float(np.degrees(np.arctan2(lightness - 50, max(b, 1e-6))))
 
 
-def skin_tone(ita_deg: float) -> tuple[ToneWord, SkinType]:
+def ita_class(ita_deg: float) -> tuple[ItaClass, SkinType]:
     """The ITA class of an angle in degrees, and the Fitzpatrick type it suggests; bounds belong to the darker class."""
-    for lower, tone, skin_type in TONE_BANDS:
+    for lower, tone, skin_type in ITA_BANDS:
         if ita_deg > lower:
             return tone, skin_type
     raise ValueError(f"an ITA of {ita_deg} is not an angle in degrees")
@@ -104,7 +104,7 @@ def estimated_skin_types(ita_deg: pa.Array | pa.ChunkedArray, modality: pa.Array
     """The Fitzpatrick type (int32) that each angle suggests; null for a null angle and for endoscopic images."""
     pairs = zip(ita_deg.to_pylist(), modality.to_pylist(), strict=True)
     types = [
-        None if angle is None or what == Modality.ENDOSCOPIC else int(skin_tone(angle)[1]) for angle, what in pairs
+        None if angle is None or what == Modality.ENDOSCOPIC else int(ita_class(angle)[1]) for angle, what in pairs
     ]
     return pa.array(types, pa.int32())
 

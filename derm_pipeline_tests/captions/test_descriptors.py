@@ -6,10 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-from derm_pipeline.captions.descriptors import COLOURS, ita_degrees, measure, skin_tone
+from derm_pipeline.captions.descriptors import COLOURS, measure
 from derm_pipeline.captions.segmentation import see
 from derm_pipeline.records import SkinType
 from derm_pipeline.sources.phantom_drawing import DRAWN, PhantomConfig, draw, plan
+from derm_pipeline.sources.statistics import ita_degrees
 
 SKIN_LAB = (72.0, 11.0, 16.0)
 PALETTE_LAB = {
@@ -137,31 +138,6 @@ def test_spots_are_counted():
         measured = measure(see(picture((ellipse(axes=(44, 44)), (34, 12, 18)), *dots)))
         assert getattr(measured, name) == 6
         assert getattr(measured, other) == 0
-
-
-@pytest.mark.parametrize(
-    ("lightness", "b", "degrees"),
-    [(50, 10, 0), (60, 10, 45), (40, 10, -45), (50 + 10 * math.sqrt(3), 10, 60), (70, 0, 90)],
-)
-def test_ita_of_known_colours(lightness, b, degrees):
-    assert ita_degrees(lightness, b) == pytest.approx(degrees, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("degrees", "tone", "skin_type"),
-    [
-        (90, "very light", 1),
-        (55.1, "very light", 1),
-        (55, "light", 2),
-        (41, "intermediate", 3),
-        (28, "tan", 4),
-        (10, "brown", 5),
-        (-30, "dark", 6),
-        (-90, "dark", 6),
-    ],
-)
-def test_ita_classes_are_those_of_the_paper(degrees, tone, skin_type):
-    assert skin_tone(degrees) == (tone, SkinType(skin_type))
 
 
 def phantoms(count_each, seed):

@@ -137,13 +137,13 @@ def test_the_thumbnail_of_a_row_is_its_images():
 )
 def test_ita_has_its_known_values(lightness, b, angle, tone, skin_type):
     assert st.ita_degrees(lightness, b) == pytest.approx(angle, abs=1e-3)
-    assert st.skin_tone(angle) == (tone, SkinType(skin_type))
+    assert st.ita_class(angle) == (tone, SkinType(skin_type))
 
 
 def test_bounds_of_the_tone_classes_belong_to_the_darker_one():
-    assert [int(st.skin_tone(angle)[1]) for angle in (90, 55, 41, 28, 10, -30, -90)] == [1, 2, 3, 4, 5, 6, 6]
+    assert [int(st.ita_class(angle)[1]) for angle in (90, 55, 41, 28, 10, -30, -90)] == [1, 2, 3, 4, 5, 6, 6]
     with pytest.raises(ValueError, match="not an angle"):
-        st.skin_tone(float("nan"))
+        st.ita_class(float("nan"))
 
 
 @pytest.mark.parametrize(("lightness", "b"), [(75, 14), (62, 17), (54, 19), (42, 17), (33, 12)])

@@ -190,7 +190,7 @@ def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph
         near = artifact.table(stages.NEAR_DUPLICATES).to_pylist()
         alike = [
             f"{row['source_a']}/{row['image_a']} ({row['split_a']}) looks like "
-            f"{row['source_b']}/{row['image_b']} ({row['split_b']}), distance {row['distance']}"
+            f"{row['source_b']}/{row['image_b']} ({row['split_b']}), correlation {row['correlation']}"
             for row in near
         ]
         return materialised(

@@ -91,6 +91,7 @@ def records(workspace: Workspace, source: str, on_progress: OnProgress | None = 
             num_lesions=len(set(found.records["lesion_id"].to_pylist()) - {None}),
             num_duplicates=num_duplicates,
             num_near_duplicates=sum(near.num_pairs.values()),
+            num_alike_by_hash_only=near.num_told_apart,
             num_without_diagnosis=diagnoses[None],
             diagnoses={diagnosis.value: diagnoses[diagnosis.value] for diagnosis in canonical(diagnoses)},
             source_files_digest=_digest_of_digests(found.records["sha256"].to_pylist()),
