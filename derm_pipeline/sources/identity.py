@@ -13,15 +13,19 @@ import pyarrow.compute as pc
 
 # ISIC 2019 calls a reduced image ISIC_0000091_downsampled and keeps the lesion_id of HAM10000 and of BCN20000.
 # Fitzpatrick17k names an image by the md5 of its published bytes, and so does every selection of it.
-_ARCHIVE = r"^(?P<name>(?:ISIC|HAM|BCN|MSK4|IL|IP)_[0-9]{4,}|[0-9a-f]{32})(?:_downsampled)?$"
+# Programs and people change the case of names, and an image that is not known again leaks: case does not count.
+_ARCHIVE = r"(?i)^(?P<name>(?:ISIC|HAM|BCN|MSK4|IL|IP)_[0-9]{4,}|[0-9a-f]{32})(?:_downsampled)?$"
+_MD5_LENGTH = 32
 
 
 def archive_names(ids: pa.Array | pa.ChunkedArray) -> pa.Array:
     """The name that a shared archive (ISIC, BCN20000 ...) gave, for each id (string) of an image, lesion or patient.
 
-    Null for ids that no archive gave out, and for null. ISIC_0000091_downsampled is ISIC_0000091.
+    Null for ids that no archive gave out, and for null. ISIC_0000091_downsampled and isic_0000091 are ISIC_0000091.
     """
-    return _whole(pc.struct_field(pc.extract_regex(ids, pattern=_ARCHIVE), "name"))
+    names = _whole(pc.struct_field(pc.extract_regex(ids, pattern=_ARCHIVE), "name"))
+    is_md5 = pc.equal(pc.binary_length(names), _MD5_LENGTH)
+    return pc.if_else(is_md5, pc.ascii_lower(names), pc.ascii_upper(names))
 
 
 def shared_names(rows: pa.Table) -> Iterator[tuple[str, pa.Array]]:
