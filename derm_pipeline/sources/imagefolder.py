@@ -93,10 +93,11 @@ class ImageFolderConfig(BaseModel):
         """Labels in lower case; whole numbers as text, since YAML reads them so."""
         if not isinstance(mapping, Mapping):
             return mapping
-        found: dict[Any, Any] = {}
+        found: dict[str, Any] = {}
         for label, meaning in mapping.items():
-            is_text = isinstance(label, str) or (isinstance(label, int) and not isinstance(label, bool))
-            word = str(label).strip().lower() if is_text else label
+            if isinstance(label, bool) or not isinstance(label, str | int):
+                raise ValueError(f"the label {label!r} is no text; write it in quotes (YAML reads a bare no as false)")
+            word = str(label).strip().lower()
             if found.setdefault(word, meaning) != meaning:
                 raise ValueError(f"the label {label!r} is there twice, with two meanings")
         return found

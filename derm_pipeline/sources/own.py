@@ -135,9 +135,12 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(found) < len(node.value):
-            raise yaml.MarkedYAMLError(problem="a key is there twice", problem_mark=node.start_mark)
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            at = next(at for at, key in enumerate(keys) if key in keys[:at])
+            mark = node.value[at][0].start_mark
+            raise yaml.MarkedYAMLError(problem=f"the key {keys[at]!r} is there twice", problem_mark=mark)
         return found
 
 

@@ -117,7 +117,15 @@ FOLDER = "kind: imagefolder, licence: x"
             r"mine.modality: Input should be 'dermoscopic', 'clinical' or 'endoscopic'",
         ),
         (f"mine: {{{FOLDER}, table: ../t.csv}}", r"mine.table: .* leaves the source's folder"),
-        (f"mine: {{{FOLDER}}}\nmine: {{{FOLDER}}}", r"not YAML \(line 1: a key is there twice"),
+        (f"mine: {{{FOLDER}}}\nmine: {{{FOLDER}}}", r"not YAML \(line 2: the key 'mine' is there twice"),
+        (
+            f"mine: {{{FOLDER},\n  diagnoses: {{1: mel,\n  true: nv}}}}",
+            r"not YAML \(line 3: the key True is there twice",
+        ),
+        (
+            f"mine: {{{FOLDER}, diagnoses: {{no: nv}}}}",
+            r"mine.diagnoses: the label False is no text; write it in quotes",
+        ),
         ("mine: {kind: imagefolder", r"not YAML \(line \d"),
         ("a: &a [1]\nb: [*a, *a]", r"not YAML \(line 2: aliases"),
         ("mine: !!python/object/apply:os.getcwd []", r"not YAML \(line 1: could not determine a constructor"),
