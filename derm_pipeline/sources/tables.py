@@ -70,7 +70,8 @@ def read_table(path: Path, needed: Collection[str]) -> list[Row]:
             names = [None if _UNNAMED.fullmatch(name) and name not in needed else name for name in columns]
             rows = list(_rows(reader, lines, names))
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+            why = str(error).replace("unexpected end of data", "the table ends within a cell; is a quote left open?")
+            raise ValueError(f"{path}, line {reader.line_num}: {why}") from error
     check_bad_rows(path, lines.num_bad_rows, len(rows))
     return rows
 

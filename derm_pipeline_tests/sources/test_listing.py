@@ -182,7 +182,7 @@ def test_a_row_or_cell_without_end_is_an_error_that_names_the_line(table):
     with pytest.raises(ValueError, match=r"table.csv, line \d+: .* is a quote left open"):
         read_table(table, ("image_id",))
     table.write_text('image_id,dx\na,"nv\nb,nv\n')
-    with pytest.raises(ValueError, match=r"table.csv, line 3: "):
+    with pytest.raises(ValueError, match=r"table.csv, line 3: .*is a quote left open\?"):
         read_table(table, ("image_id",))
 
 
