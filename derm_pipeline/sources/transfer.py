@@ -132,12 +132,7 @@ class ResumingDownloader:
             try:
                 self._transfer(url)
                 break
-            except (
-                _Passing,
-                requests.ConnectionError,
-                requests.Timeout,
-                requests.exceptions.ChunkedEncodingError,
-            ) as error:
+            except _MAY_PASS as error:
                 progressed = self._num_received() - before >= PROGRESS_BYTES
                 num_failures = 1 if progressed else num_failures + 1
                 if num_failures >= NUM_TRIES:
@@ -209,6 +204,9 @@ class ResumingDownloader:
             os.fsync(file.fileno())
         if total is not None and num_bytes < total:
             raise _Passing(f"the connection ended after {num_bytes:,} of {total:,} bytes")
+        if num_bytes == 0:  # it would be recorded, and be right ever after
+            self._forget()
+            raise FetchError(f"{url}: the server sends an empty file")
 
     def _begin(self, url: str, response: requests.Response, total: int | None) -> None:
         """Start over, and note what makes it safe to go on later."""

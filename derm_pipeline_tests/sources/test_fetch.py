@@ -115,6 +115,9 @@ class Handler(BaseHTTPRequestHandler):
         self.start(200, len(page), {"Content-Type": "text/html; charset=utf-8"})
         self.write(page)
 
+    def answer_empty(self, _: str) -> None:
+        self.start(200, 0)
+
     def answer_file(self, _: str, *, limit: int | None = None, ranges: bool = True, extra: int = 0) -> None:
         body = self.site.files.get(self.path)
         if body is None:
@@ -425,6 +428,7 @@ def test_progress_between_failures_is_not_giving_up(site, folder, monkeypatch):
     ("fault", "words"),
     [
         ("status 404", r"has no such file \(404\)"),
+        ("empty", r"the server sends an empty file"),
         ("status 403", r"refuses access \(403"),
         ("status 401", "asks for a login"),
         ("status 418", "does not give it"),
