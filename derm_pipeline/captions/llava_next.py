@@ -174,10 +174,11 @@ def _load(config: LlavaNextConfig) -> tuple[Any, Any]:
         raise FileNotFoundError(
             f"the LLaVA-NeXT model is looked for in the folder {config.model}, which is not there, and it is no hub id"
         )
+    device = _device(config.device)
     quantised = _quantised(config)
     where: dict[str, Any] = {
         "revision": config.revision or "main",
-        "local_files_only": config.offline,
+        "local_files_only": _from_disk_only(config),
         "trust_remote_code": False,
     }
     try:
@@ -195,8 +196,35 @@ def _load(config: LlavaNextConfig) -> tuple[Any, Any]:
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"the processor of {config.model} has no chat template (chat_template.jinja)")
     if not quantised:
-        network = network.to(_device(config.device))
+        network = network.to(device)
     return processor, network.eval()
+
+
+_HUB_TIMEOUT_S = 10
+
+
+def _from_disk_only(config: LlavaNextConfig) -> bool:
+    """Whether only what lies here is read: the hub is asked once; transformers would ask for half a minute a file.
+
+    Raises:
+        FileNotFoundError: the model is no folder, not in the cache, and the hub does not give it.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(config.model).is_dir():
+        return True
+    problem: Exception | None = None
+    unreachable: tuple[type[Any], ...] = (OSError, *HfHubHTTPError.__bases__)  # of the HTTP library that it uses
+    if not config.offline:
+        try:
+            HfApi().model_info(config.model, revision=config.revision, timeout=_HUB_TIMEOUT_S)
+            return False
+        except unreachable as error:
+            problem = error
+    if isinstance(try_to_load_from_cache(config.model, "config.json", revision=config.revision), str):
+        return True
+    raise FileNotFoundError(_not_there(config, problem)) from problem
 
 
 def _kind(model: str, where: dict[str, Any]) -> str:
@@ -223,22 +251,34 @@ def _quantised(config: LlavaNextConfig) -> dict[str, Any]:
 
 
 def _device(name: str) -> str:
+    """The device by its name.
+
+    Raises:
+        ValueError: torch knows no such device, or there is none here.
+    """
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(
+            f"device: {name!r} cannot be used here ({reason}); give auto, cpu, cuda, cuda:1 or mps"
+        ) from error
+    return name
 
 
-def _not_there(config: LlavaNextConfig, error: OSError) -> str:
+def _not_there(config: LlavaNextConfig, error: Exception | None) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    reason = str(error).strip().splitlines()[0]
+    reason = str(error or "").strip().splitlines()[0][:300] if error else ""
     if Path(config.model).is_dir():
         return f"the folder {config.model} holds no complete LLaVA-NeXT with safetensors and processor: {reason}"
-    tried = "and offline is set" if config.offline else "and cannot be downloaded"
+    tried = "and offline is set" if config.offline else f"and cannot be downloaded ({reason.rstrip('.')})"
     return (
         f"the LLaVA-NeXT model {config.model} (revision {config.revision or 'main'}) is no folder here, is not in the "
-        f"Hugging Face cache {HF_HUB_CACHE}, {tried}: {reason} Get it where there is a network "
+        f"Hugging Face cache {HF_HUB_CACHE}, {tried}. Get it where there is a network "
         f"(`hf download {config.model}`), or give a folder that holds it."
     )

@@ -160,11 +160,22 @@ def test_how_it_runs_is_no_part_of_what_it_is(folder):
     assert "batch_size" not in PromptedConfig().identity()
 
 
-def test_a_missing_model_says_where_it_was_looked_for_and_how_to_get_it(tmp_path):
+def test_a_missing_model_says_where_it_was_looked_for_and_how_to_get_it(tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(*_, timeout, **__):
+        asked.append(timeout)
+        raise ConnectionError("the plug was pulled")
+
     with pytest.raises(FileNotFoundError, match=re.escape(f"in the folder {tmp_path / 'none'}, which is not there")):
         LlavaNextCaptioner(LlavaNextConfig(model=str(tmp_path / "none")))
     with pytest.raises(FileNotFoundError, match=r"no/such-model .*Hugging Face cache .*hf download no/such-model"):
         LlavaNextCaptioner(LlavaNextConfig(model="no/such-model", offline=True))
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.HfApi.model_info", unreachable)
+        with pytest.raises(FileNotFoundError, match=r"cannot be downloaded \(the plug was pulled\)\. Get it where"):
+            LlavaNextCaptioner(LlavaNextConfig(model="no/such-model"))
+        assert asked == [10]
     with pytest.raises(FileNotFoundError, match="holds no complete LLaVA-NeXT"):
         LlavaNextCaptioner(LlavaNextConfig(model=str(tmp_path)))
 
@@ -192,6 +203,12 @@ def test_pickled_weights_other_models_and_missing_templates_are_refused(tmp_path
 def test_few_bits_without_bitsandbytes_say_what_to_install(folder):
     with pytest.raises(ValueError, match="bits: 4 needs the package bitsandbytes"):
         LlavaNextCaptioner(LlavaNextConfig(model=str(folder), bits=4))
+
+
+@pytest.mark.parametrize("device", ["wrong", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_named(folder, device):
+    with pytest.raises(ValueError, match=f"device: '{device}' cannot be used here"):
+        LlavaNextCaptioner(LlavaNextConfig(model=str(folder), device=device))
 
 
 def test_dtype_and_device_are_taken(folder):
