@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
+from derm_pipeline.captions.known import known
 from derm_pipeline.records import Diagnosis, Modality, Sex, Site, SkinTone, SkinType
 
 D = Diagnosis
@@ -28,19 +28,29 @@ class Facts:
     skin_type: SkinType | None = None
     skin_tone: SkinTone | None = None
     is_hairy: bool | None = None
+    age_years: int | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any], is_hairy: bool | None = None) -> Facts:
-        """The facts of one row of the `records` table."""
-        kinds: dict[str, type[StrEnum] | type[SkinType]] = {
-            "diagnosis": Diagnosis,
-            "sex": Sex,
-            "site": Site,
-            "skin_type": SkinType,
-            "skin_tone": SkinTone,
-        }
-        known: dict[str, Any] = {name: kind(row[name]) for name, kind in kinds.items() if row.get(name) is not None}
-        return cls(Modality(row["modality"]), is_hairy=is_hairy, **known)
+        """The facts of one row of the `records` table, as `known` reads it.
+
+        Raises:
+            ValueError: the diagnosis or the modality is not in the vocabulary.
+        """
+        image = known(row)
+        return cls(
+            modality=image.modality,
+            diagnosis=image.diagnosis,
+            sex=image.sex,
+            site=_NAMED_SITES.get(image.site or ""),
+            skin_type=image.skin_type,
+            skin_tone=image.skin_tone,
+            is_hairy=is_hairy,
+            age_years=image.age_years,
+        )
+
+
+_NAMED_SITES = {site.value: site for site in Site}
 
 
 def contradictions(text: str, facts: Facts) -> list[str]:
@@ -55,6 +65,13 @@ def contradictions(text: str, facts: Facts) -> list[str]:
     types, words = _known_skin(facts)
     if types:
         found += _against(_claimed(text, _SKINS), types, words)
+    if facts.age_years is not None:
+        ages = [(match.group(), int(match[1] or match[2])) for match in _AGES.finditer(text)]
+        found += [
+            f"{phrase!r} where age {facts.age_years} is known"
+            for phrase, age in ages
+            if abs(age - facts.age_years) > _AGE_TOLERANCE_YEARS
+        ]
     if facts.is_hairy:
         found += [f"{match.group()!r} where hair is known" for match in _NO_HAIR.finditer(text)]
     return found
@@ -73,8 +90,8 @@ def _known_skin(facts: Facts) -> tuple[set[SkinType], str]:
     return set(), ""
 
 
-def _against(claims: Iterable[tuple[str, frozenset[Any]]], known: set[Any], words: str) -> list[str]:
-    return [f"{phrase!r} where {words} is known" for phrase, agrees in claims if not agrees & known]
+def _against(claims: Iterable[tuple[str, frozenset[Any]]], agreeing: set[Any], words: str) -> list[str]:
+    return [f"{phrase!r} where {words} is known" for phrase, agrees in claims if not agrees & agreeing]
 
 
 @dataclass(frozen=True)
@@ -243,6 +260,10 @@ _SKINS = _Vocabulary.of(
         for kind, name in _ROMAN.items()
     }
 )
+
+_AGES = re.compile(r"\b(\d{1,3})[- ]years?[- ]old\b|\baged? (\d{1,3})\b", re.IGNORECASE)
+_AGE_TOLERANCE_YEARS = 10
+"""Sources round ages, and a picture shows none: only what is far off contradicts."""
 
 # Only that there is no hair at all: whether few hairs count as hair is a matter of a threshold.
 _NO_HAIR = re.compile(

@@ -144,9 +144,19 @@ def _own_label(value: str) -> str | None:
     words = _known_words(label)
     if words is None or words in _NO_CONDITION:
         return None
-    if label.isupper() and len(label) > 5:  # a table that shouts
+    if label.isupper() and len(label) > 5 and not _ABBREVIATIONS.fullmatch(label):  # a table that shouts
         return words
-    return " ".join(word if word.isupper() and 2 <= len(word) <= 5 else word.lower() for word in label.split())
+    return " ".join(map(_in_lower_case, label.split()))
+
+
+_ABBREVIATIONS = re.compile(r"[A-Z]{2,5}(?:[/-][A-Z]{2,5})+")
+_LETTER_OF_A_NAME = re.compile(r"[A-Z]-[a-z]")
+
+
+def _in_lower_case(word: str) -> str:
+    """The word in lower case, but for abbreviations ("SCC", "SCC/BCC") and letters that name something ("T-cell")."""
+    is_short = (word.isupper() and 2 <= len(word) <= 5) or _ABBREVIATIONS.fullmatch(word)
+    return word if is_short or _LETTER_OF_A_NAME.match(word) else word.lower()
 
 
 def _sentence(value: Any) -> str | None:

@@ -20,12 +20,14 @@ import pyarrow.parquet as pq
 from derm_pipeline.artifacts import digest_of_json, write_table
 from derm_pipeline.captions.claims import Facts
 from derm_pipeline.captions.gate import Gate
+from derm_pipeline.captions.known import known
 from derm_pipeline.captions.llava_next import LlavaNextCaptioner, LlavaNextConfig
 from derm_pipeline.captions.openai_server import OpenAiCaptioner, OpenAiConfig
 from derm_pipeline.captions.prompted import PromptedCaptioner, seed_of
 from derm_pipeline.captions.prompts import Answer, Prompt, Question, make_prompt
 from derm_pipeline.captions.settings import CaptionerConfig, read_captioner_config
 from derm_pipeline.captions.visual import VISUAL_CAPTION_SCHEMA
+from derm_pipeline.captions.wording import class_name
 from derm_pipeline.images import Pixels, decode, read_bytes
 
 __all__ = [
@@ -80,6 +82,20 @@ class ImageToCaption:
     """The class name, told to the captioner where its settings say so."""
     stand_in: str = ""
     """The descriptor's sentence: the caption where no answer passes the gate."""
+
+    @classmethod
+    def of(
+        cls, path: Path, sha256: str, row: Mapping[str, Any], is_hairy: bool | None = None, stand_in: str = ""
+    ) -> ImageToCaption:
+        """The image of one row of the `records` table.
+
+        The class name is the diagnosis in words, else the source's own label, else what the source's own caption names
+        where it is a simple sentence ("An image of polyps"), as in Med-Art's tables.
+
+        Raises:
+            ValueError: the diagnosis or the modality is not in the vocabulary.
+        """
+        return cls(path, sha256, Facts.of(row, is_hairy), class_name(known(row)), stand_in)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The laws of `rich`, `label` and `isic2020` captions, and the simple sentence that names an image's class.
+"""The laws of `rich`, `label` and `isic2020` captions, and the class that a simple sentence names.
 
 Each law is a pure function of what is known of one image.
 """
@@ -73,6 +73,7 @@ _COUNTED_NOUN = re.compile(
 )
 """How a source's own label ends where it is something that one has one of."""
 
+_MAX_WORDS_OF_A_CLASS = 6
 _CLASS = re.compile(
     r"\s*(?:(?:an?|the)\s+(?:[\w-]+\s+){0,2}?|(?:dermoscopic|clinical|endoscopic)\s+)?"
     r"(?:image|photograph)\s+of\b(?P<name>.*)",
@@ -115,17 +116,6 @@ def isic2020_caption(image: Known) -> str:
     return caption + ", hairy" * image.is_hairy
 
 
-def med_art_simple(label: str, modality: Modality | str) -> str:
-    """Med-Art's simple sentence, from which its captioner starts: "An endoscopic image of polyps".
-
-    Raises:
-        ValueError: the modality is none of `Modality`, or the label is empty.
-    """
-    if not label.strip():
-        raise ValueError("the label is empty; name the class that the image shows")
-    return _upper_first(f"{with_article(_OPENINGS[Modality(modality)])} {label.strip()}")
-
-
 def class_of(text: str) -> str:
     """The class that a simple sentence names: "An image of Dermatofibroma" -> "Dermatofibroma".
 
@@ -141,6 +131,18 @@ def class_of(text: str) -> str:
     if not name:
         raise ValueError(f"{text!r} names no class; write for example 'An image of melanoma'")
     return name
+
+
+def class_name(image: Known) -> str | None:
+    """The condition in words, else the class that the source's own caption names in a simple sentence; None without."""
+    if image.condition or image.text is None or not _CLASS.match(image.text):
+        return image.condition
+    try:
+        name = class_of(image.text)
+    except ValueError:
+        return None
+    is_simple = len(name.split()) <= _MAX_WORDS_OF_A_CLASS and not re.search(r"[.,;:]", name)
+    return name if is_simple else None
 
 
 def condition_or_unnamed(image: Known) -> str:
@@ -174,8 +176,8 @@ def _person(image: Known) -> str | None:
     tone = image.skin_type.phrase if image.skin_type else image.skin_tone
     if not (image.age_years or image.age_range or image.sex or tone):
         return None
-    oldest = image.age_years or (image.age_range[1] if image.age_range else _ADULT_AGE_YEARS)
-    noun = _noun(image.sex, is_child=oldest < _ADULT_AGE_YEARS)
+    youngest, oldest = image.age_range or (image.age_years or _ADULT_AGE_YEARS,) * 2
+    noun = _noun(image.sex, youngest, oldest)
     person = with_article(f"{image.age_years}-year-old {noun}" if image.age_years else noun)
     if image.age_range:
         person += f" {_aged(*image.age_range)}"
@@ -190,13 +192,10 @@ def _aged(first: int, last: int) -> str:
     return f"aged {first}" if first == last else f"aged {first} to {last}"
 
 
-def _noun(sex: Sex | None, *, is_child: bool) -> str:
-    if sex is None:
-        return "child" if is_child else "person"
-    if is_child:
-        return "girl" if sex is Sex.FEMALE else "boy"
-    return "woman" if sex is Sex.FEMALE else "man"
-
-
-def _upper_first(words: str) -> str:
-    return words[:1].upper() + words[1:]
+def _noun(sex: Sex | None, youngest: int, oldest: int) -> str:
+    """What a person of these ages is called; one who may be a child or grown up is neither girl nor woman."""
+    if oldest < _ADULT_AGE_YEARS:
+        return {Sex.FEMALE: "girl", Sex.MALE: "boy", None: "child"}[sex]
+    if youngest < _ADULT_AGE_YEARS:
+        return sex.value if sex else "person"
+    return {Sex.FEMALE: "woman", Sex.MALE: "man", None: "person"}[sex]

@@ -436,4 +436,21 @@ def test_the_told_label_is_no_claim_of_the_captioners():
 
 def test_the_facts_of_a_row():
     row = {"modality": "clinical", "diagnosis": "scc", "sex": "male", "site": None, "skin_type": 5, "age_years": 50}
-    assert Facts.of(row, True) == Facts(Modality.CLINICAL, Diagnosis.SCC, Sex.MALE, skin_type=SkinType.V, is_hairy=True)
+    expected = Facts(
+        Modality.CLINICAL,
+        Diagnosis.SCC,
+        Sex.MALE,
+        skin_type=SkinType.V,
+        skin_tone=SkinTone.DARK,
+        is_hairy=True,
+        age_years=50,
+    )
+    assert Facts.of(row, True) == expected
+    assert Facts.of(row | {"site": "back", "sex": "unknown", "age_years": None}).site is Site.BACK
+
+
+@pytest.mark.parametrize(("age", "agrees"), [(45, True), (50, True), (40, True), (70, False), (9, False)])
+def test_only_an_age_that_is_far_off_contradicts(age, agrees):
+    for text in (f"The skin of a {age}-year-old patient.", f"A patient aged {age}."):
+        assert (contradictions(text, Facts(age_years=50)) == []) == agrees
+        assert contradictions(text, Facts()) == []

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from derm_pipeline.captions.known import known
 from derm_pipeline.captions.metadata import (
     STYLES,
     MetadataCaptionConfig,
@@ -16,7 +17,8 @@ from derm_pipeline.captions.metadata import (
     names_unknown,
     num_without_own,
 )
-from derm_pipeline.captions.wording import class_of, med_art_simple
+from derm_pipeline.captions.prompts import make_prompt
+from derm_pipeline.captions.wording import class_name, class_of
 from derm_pipeline.records import Diagnosis, Modality, Sex, Site, SkinTone, SkinType
 
 MISSING = st.sampled_from(
@@ -362,15 +364,59 @@ def test_the_class_is_what_follows_image_of(text, name):
 
 @given(st.sampled_from(Diagnosis), st.sampled_from(Modality))
 def test_the_class_of_a_simple_sentence_is_the_label_it_was_made_of(diagnosis, modality):
-    assert class_of(med_art_simple(diagnosis.phrase, modality)) == diagnosis.phrase
+    assert class_of(make_prompt(modality, diagnosis.phrase).opening) == diagnosis.phrase
     label = metadata_caption({"diagnosis": diagnosis}, None, MetadataCaptionConfig(style="label"))
     assert class_of(label) == diagnosis.phrase
 
 
-def test_simple_sentences_name_the_modality():
-    assert med_art_simple("polyps", "endoscopic") == "An endoscopic image of polyps"
-    assert med_art_simple("melanoma", Modality.DERMOSCOPIC) == "A dermoscopic image of melanoma"
-    assert med_art_simple("acne", "clinical") == "A clinical photograph of acne"
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"diagnosis": "nv", "source_label": "NV", "text": "An image of polyps"}, "melanocytic nevus"),
+        ({"source_label": "Hidradenitis", "text": "An image of polyps"}, "hidradenitis"),
+        ({"source_label": "", "text": "An endoscopic image of polyps."}, "polyps"),
+        ({"source_label": "unknown", "text": "An image of Dermatofibroma"}, "Dermatofibroma"),
+        ({"text": "A red, scaly plaque on the arm"}, None),
+        ({"text": "An image of a red, scaly plaque on the arm of a man"}, None),
+        ({"text": "An image of"}, None),
+        ({"source_label": "other"}, None),
+        ({}, None),
+    ],
+)
+def test_the_class_name_is_the_diagnosis_else_the_label_else_that_of_a_simple_caption(row, name):
+    assert class_name(known(row)) == name
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("Cutaneous T-cell lymphoma", "cutaneous T-cell lymphoma"),
+        ("SCC/SCCIS", "SCC/SCCIS"),
+        ("SEBORRHEIC KERATOSIS/LENTIGO", "seborrheic keratosis/lentigo"),
+        ("TINEA PEDIS", "tinea pedis"),
+        ("Z-line", "Z-line"),
+        ("ACK", "ACK"),
+        ("Hailey-Hailey Disease", "hailey-hailey disease"),
+    ],
+)
+def test_a_label_is_in_lower_case_but_for_abbreviations_and_letters_that_name(label, words):
+    assert known({"source_label": label}).label == words
+
+
+@pytest.mark.parametrize(
+    ("ages", "sex", "words"),
+    [
+        ("10-19", "male", "a male aged 10 to 19"),
+        ("0-120", "male", "a man"),
+        ("10-19", None, "a person aged 10 to 19"),
+        ("18-29", "female", "a woman aged 18 to 29"),
+        ("0-9", "female", "a girl aged up to 9"),
+        ("0-90", "female", "a female aged up to 90"),
+    ],
+)
+def test_who_may_be_a_child_or_grown_up_is_called_neither(ages, sex, words):
+    row = {"diagnosis": "nv", "age_range": ages, "sex": sex}
+    assert metadata_caption(row) == f"dermoscopic image of a melanocytic nevus in {words}"
 
 
 @pytest.mark.parametrize("text", ["", "An image of", "An image of ."])

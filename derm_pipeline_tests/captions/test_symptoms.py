@@ -32,7 +32,7 @@ from derm_pipeline.captions.symptoms import (
 from derm_pipeline.captions.tiny import write_tiny_llava_next
 from derm_pipeline.captions.visual import VISUAL_CAPTION_SCHEMA, DescriptorConfig, sentence
 from derm_pipeline.images import encode_png
-from derm_pipeline.records import Diagnosis
+from derm_pipeline.records import Diagnosis, Modality, Sex
 from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
 
 DONE = "the lesion number {} is round and light brown with a regular network and a smooth edge."
@@ -196,6 +196,15 @@ def test_a_stand_in_is_todays_also_in_a_row_that_is_taken_up(items, tmp_path):
     table = describe_all(better, captioner, Gate(), work=tmp_path / "b", previous=previous)
     assert captioner.asked == []
     assert table["text"].to_pylist() == ["a better sentence"] * 2
+
+
+def test_the_image_of_a_row_tells_its_class_and_what_is_known(tmp_path):
+    row = {"modality": "endoscopic", "source_label": "unknown", "text": "An endoscopic image of polyps", "sex": "male"}
+    item = ImageToCaption.of(tmp_path, "0" * 64, row, None, "endoscopic image")
+    assert (item.label, item.stand_in, item.sha256) == ("polyps", "endoscopic image", "0" * 64)
+    assert item.facts == Facts(Modality.ENDOSCOPIC, sex=Sex.MALE)
+    assert ImageToCaption.of(tmp_path, "0" * 64, row | {"diagnosis": "nv"}).label == "melanocytic nevus"
+    assert ImageToCaption.of(tmp_path, "0" * 64, {"source_label": "OTHER"}).label is None
 
 
 def test_equal_images_are_asked_about_once(items, tmp_path):
