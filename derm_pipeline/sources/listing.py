@@ -131,12 +131,16 @@ def _image_names(folder: Path, subfolders: Sequence[str]) -> list[str]:
 
 
 def fingerprint_files(folder: Path, tables: Iterable[str], subfolders: Sequence[str]) -> str:
-    """Digest of the names, sizes and modification times of a source's tables and image files; no file is opened."""
+    """Digest of the names, sizes, times and modes of a source's tables and image files; no file is opened.
+
+    The mode, since a file that could not be read is quarantined, and may be read once that is mended.
+    """
     digest = hashlib.sha256()
     for name in sorted([*tables, *_image_names(folder, subfolders)]):
         path = os.path.join(folder, name)  # noqa: PTH118  twice as fast as Path for tens of thousands of names
         stat = os.stat(path) if os.path.exists(path) else os.lstat(path)  # noqa: PTH110, PTH116  a link may lead nowhere
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        facts = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_mode:o}\n"
+        digest.update(facts.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

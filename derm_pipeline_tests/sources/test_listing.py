@@ -18,6 +18,7 @@ from derm_pipeline.sources.listing import (
     Listing,
     Row,
     find_images,
+    fingerprint_files,
     pair,
     parse_age,
     parse_mapped,
@@ -314,3 +315,13 @@ def test_every_row_and_file_is_accounted_for_whatever_the_case_of_their_names(tm
         elif found.file is not None:
             assert [found.file] == free
             assert len([image_id for image_id in wanting if image_id not in {Path(name).stem for name in files}]) == 1
+
+
+def test_a_file_that_may_be_read_now_changes_the_fingerprint(tmp_path):
+    image = tmp_path / "a.jpg"
+    image.write_bytes(b"image")
+    image.chmod(0o000)
+    before = fingerprint_files(tmp_path, (), (".",))
+    assert fingerprint_files(tmp_path, (), (".",)) == before
+    image.chmod(0o644)
+    assert fingerprint_files(tmp_path, (), (".",)) != before
