@@ -75,7 +75,7 @@ class Known:
     text: str | None
     """The source's own caption on one line."""
     is_hairy: bool
-    """False also where it is not known."""
+    """False also where it is not known, and of an endoscopic image: what looks for hair looks for dark lines."""
 
     @property
     def condition(self) -> str | None:
@@ -92,10 +92,11 @@ def known(row: Mapping[str, Any], is_hairy: bool | None = None) -> Known:
     Raises:
         ValueError: the diagnosis or the modality is given and is not in the vocabulary.
     """
+    modality = _modality(row)
     skin_type = _skin_type(row.get("skin_type"))
     age = _age(row.get("age_years"))
     return Known(
-        modality=_modality(row),
+        modality=modality,
         diagnosis=_diagnosis(row),
         label=_label(row.get("source_label")),
         age_years=age,
@@ -106,7 +107,7 @@ def known(row: Mapping[str, Any], is_hairy: bool | None = None) -> Known:
         skin_tone=skin_type.tone if skin_type else _TONES.get(_words(row.get("skin_tone"))),
         concepts=_concepts(row.get("concepts")),
         text=_sentence(row.get("text")),
-        is_hairy=_is_true(is_hairy),
+        is_hairy=_is_true(is_hairy) and modality is not Modality.ENDOSCOPIC,
     )
 
 

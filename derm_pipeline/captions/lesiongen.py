@@ -11,9 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from derm_pipeline.captions.known import Known
+from derm_pipeline.captions.visual import DescriptorConfig, listed
 from derm_pipeline.captions.wording import condition_or_unnamed, place
 from derm_pipeline.records import Diagnosis, Modality
 
@@ -55,19 +54,6 @@ _CRITERIA_IN_OTHER_WORDS = {
 }
 
 
-class LesionGenConfig(BaseModel):
-    """From which measurement on a word is said; the same bounds as for the visual captions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    small_fraction: float = Field(default=0.1, ge=0, le=1)
-    """A lesion below this fraction of the view is small."""
-    large_fraction: float = Field(default=0.3, ge=0, le=1)
-    """A lesion above this fraction of the view is large."""
-    colour_fraction: float = Field(default=0.08, gt=0, le=1)
-    """A colour is named when it covers at least this fraction of the lesion."""
-
-
 class LesionGenPrompt(NamedTuple):
     """One of the combinations from which LesionGen draws for each image that it makes."""
 
@@ -92,17 +78,18 @@ def lesiongen_prompts(condition: str) -> list[LesionGenPrompt]:
 
 
 def lesiongen_caption(
-    image: Known, measured: Mapping[str, Any] | None = None, config: LesionGenConfig | None = None
+    image: Known, measured: Mapping[str, Any] | None = None, config: DescriptorConfig | None = None
 ) -> str:
     """A caption that begins as the prompts: "Melanoma small size on a dark skin tone, black, on the back, ...".
 
     Args:
         image: What is known; the skin tone is only ever what the source says, never an estimate.
         measured: What was measured in the picture, by the names of `descriptors.Measurements`: size and colours come
-            from here and are not said without.
-        config: The bounds; the defaults when left out.
+            from here and are not said without, nor of an endoscopic image: what measures looks for a lesion on skin.
+        config: From which measurement on a word is said, as in the visual captions; the defaults when left out.
     """
-    bounds = config or LesionGenConfig()
+    bounds = config or DescriptorConfig()
+    measured = None if image.modality is Modality.ENDOSCOPIC else measured
     size, colours = _size(measured, bounds), _colours(measured, bounds)
     head = CONDITIONS.get(image.diagnosis) if image.diagnosis else None
     if head is None:
@@ -115,7 +102,7 @@ def lesiongen_caption(
     return ", ".join(filter(None, [head, colours, place(image.site), *_criteria(image)]))
 
 
-def _size(measured: Mapping[str, Any] | None, bounds: LesionGenConfig) -> str | None:
+def _size(measured: Mapping[str, Any] | None, bounds: DescriptorConfig) -> str | None:
     fraction = _measured(measured, "lesion_fraction")
     if not fraction:
         return None
@@ -124,7 +111,7 @@ def _size(measured: Mapping[str, Any] | None, bounds: LesionGenConfig) -> str | 
     return "large" if fraction > bounds.large_fraction else "medium"
 
 
-def _colours(measured: Mapping[str, Any] | None, bounds: LesionGenConfig) -> str | None:
+def _colours(measured: Mapping[str, Any] | None, bounds: DescriptorConfig) -> str | None:
     """The lesion's colours, most of it first: "dark brown, black and blue-grey"."""
     fractions = {colour: _measured(measured, colour) for colour in _COLOURS}
     named = [colour for colour in _COLOURS if fractions[colour] >= bounds.colour_fraction]
@@ -132,7 +119,7 @@ def _colours(measured: Mapping[str, Any] | None, bounds: LesionGenConfig) -> str
         "blue-grey" if colour == "blue_grey" else colour.replace("_", " ")
         for colour in sorted(named, key=lambda colour: -fractions[colour])
     ]
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]])) or None
+    return listed(words) if words else None
 
 
 def _measured(measured: Mapping[str, Any] | None, name: str) -> float:

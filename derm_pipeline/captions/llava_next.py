@@ -6,6 +6,7 @@ answer is that of its image and seed, whatever else is in the batch.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -50,6 +51,29 @@ class LlavaNextConfig(PromptedConfig):
         if not self.model.strip():
             raise ValueError("model is empty; give a hub id or a folder")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings on which the captions depend; a folder counts by what it holds, not by where it lies."""
+        folder = Path(self.model)
+        return super().identity() | ({"model": _fingerprint(folder)} if folder.is_dir() else {})
+
+
+_SAMPLE_BYTES = 2**16
+_NUM_SAMPLES = 64
+
+
+def _fingerprint(folder: Path) -> str:
+    """A digest of the files of a model: names, sizes, and their bytes, of large ones 64 samples of 64 KiB."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        step = max(_SAMPLE_BYTES, size // _NUM_SAMPLES)
+        with path.open("rb") as handle:
+            for start in range(0, size, step):
+                handle.seek(start)
+                digest.update(handle.read(_SAMPLE_BYTES))
+    return f"files:{digest.hexdigest()[:16]}"
 
 
 class LlavaNextCaptioner:

@@ -23,7 +23,7 @@ from derm_pipeline.captions.gate import Gate
 from derm_pipeline.captions.known import known
 from derm_pipeline.captions.llava_next import LlavaNextCaptioner, LlavaNextConfig
 from derm_pipeline.captions.openai_server import OpenAiCaptioner, OpenAiConfig
-from derm_pipeline.captions.prompted import PromptedCaptioner, seed_of
+from derm_pipeline.captions.prompted import PromptedCaptioner, PromptedConfig, seed_of
 from derm_pipeline.captions.prompts import Answer, Prompt, Question, make_prompt
 from derm_pipeline.captions.settings import CaptionerConfig, read_captioner_config
 from derm_pipeline.captions.visual import VISUAL_CAPTION_SCHEMA
@@ -139,7 +139,8 @@ def describe_all(
         ValueError: an image's bytes are missing, broken or not those of its digest.
         OSError, ValueError: the captioner cannot answer; see `PromptedCaptioner.answer`. What it answered is kept.
     """
-    cases = [_case(item, captioner, gate) for item in items]
+    settings = {"captioner": captioner.config.identity(), "gate": gate.config.model_dump(mode="json")}
+    cases = [_case(item, captioner.config, settings) for item in items]
     unique = {case.digest: case for case in cases}
     rows = _taken_up(previous, unique)
     run = _Run(captioner, gate, work, rows)
@@ -157,8 +158,7 @@ def describe_all(
     )
 
 
-def _case(item: ImageToCaption, captioner: PromptedCaptioner, gate: Gate) -> _Case:
-    config = captioner.config
+def _case(item: ImageToCaption, config: PromptedConfig, settings: Mapping[str, Any]) -> _Case:
     label = item.label if config.tell_label else None
     prompt = make_prompt(item.facts.modality, label, max_words=config.max_words)
     identity = {
@@ -166,8 +166,7 @@ def _case(item: ImageToCaption, captioner: PromptedCaptioner, gate: Gate) -> _Ca
         "image": item.sha256,
         "prompt": prompt.text,
         "facts": vars(item.facts),
-        "captioner": config.identity(),
-        "gate": gate.config.model_dump(mode="json"),
+        **settings,
     }
     return _Case(item, prompt, digest_of_json(identity))
 

@@ -85,13 +85,13 @@ def sentence(
     config = config or DescriptorConfig()
     skin = f"{measured.skin_type.phrase} skin"
     artefacts = _artefacts(measured, is_hairy, config)
-    ending = f"; {_listed(artefacts)} visible" if artefacts else ""
+    ending = f"; {listed(artefacts)} visible" if artefacts else ""
     if not measured.has_lesion:
         return f"{modality} image of {skin} on which no lesion stands out{ending}"
     parts = [f"{modality} image of a {_outline(measured, config)} on {skin}", _colours(measured, config)]
     structures = _structures(measured, config)
     if structures:
-        parts.append(f"with {_listed(structures)}")
+        parts.append(f"with {listed(structures)}")
     return ", ".join(parts) + ending
 
 
@@ -129,10 +129,10 @@ def _colours(measured: Measurements, config: DescriptorConfig) -> str:
     if not named:
         return "close to the colour of the skin"
     if measured.colour_asymmetry > config.colour_asymmetry and len(named) > 1:
-        return f"unevenly coloured in {_listed(named)}"
+        return f"unevenly coloured in {listed(named)}"
     if shares[named[0]] < 0.5 or len(named) == 1:
-        return _listed(named)
-    return f"mostly {named[0]} with {_listed(named[1:])}"
+        return listed(named)
+    return f"mostly {named[0]} with {listed(named[1:])}"
 
 
 def _structures(measured: Measurements, config: DescriptorConfig) -> list[str]:
@@ -163,7 +163,7 @@ def _artefacts(measured: Measurements, is_hairy: bool | None, config: Descriptor
     return ["hairs"] * is_hairy + ["dark corners"] * corners
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     """The words as English lists them: "a", "a and b", "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 

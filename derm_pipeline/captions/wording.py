@@ -82,17 +82,14 @@ _CLASS = re.compile(
 
 
 def rich_caption(image: Known) -> str:
-    """A sentence of every known field: "dermoscopic image of a melanoma on the back of a 55-year-old man, with hair".
-
-    Hair is not said of an endoscopic image: what looks for it looks for dark lines on skin.
-    """
+    """A sentence of every known field: "dermoscopic image of a melanoma on the back of a man, with hair"."""
     caption = f"{_OPENINGS[image.modality]} {_finding(image)}"
     where, person = place(image.site), _person(image)
     if where:
         caption += f" {where}"
     if person:
         caption += f" {'of' if where else 'in'} {person}"
-    return caption + ", with hair" * (image.is_hairy and image.modality is not Modality.ENDOSCOPIC)
+    return caption + ", with hair" * image.is_hairy
 
 
 def label_caption(image: Known) -> str:

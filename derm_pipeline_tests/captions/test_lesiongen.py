@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from derm_pipeline.captions.descriptors import Measurements
 from derm_pipeline.captions.known import known
-from derm_pipeline.captions.lesiongen import CONDITIONS, LesionGenConfig, lesiongen_caption, lesiongen_prompts
+from derm_pipeline.captions.lesiongen import CONDITIONS, lesiongen_caption, lesiongen_prompts
 from derm_pipeline.captions.metadata import MetadataCaptionConfig, metadata_caption, names_unknown
 from derm_pipeline.captions.visual import DescriptorConfig
 from derm_pipeline.records import Diagnosis
@@ -129,8 +129,14 @@ def test_whatever_was_measured_no_caption_names_what_is_not_known(diagnosis, mea
 
 
 def test_size_and_colour_mean_the_same_as_in_the_visual_captions():
-    visual, ours = DescriptorConfig(), LesionGenConfig()
-    assert {name: getattr(visual, name) for name in LesionGenConfig.model_fields} == ours.model_dump()
-    assert lesiongen_caption(known({}), {"lesion_fraction": 0.2}, LesionGenConfig(small_fraction=0.25)) == (
+    assert lesiongen_caption(known({}), {"lesion_fraction": 0.2}, DescriptorConfig(small_fraction=0.25)) == (
         "Skin lesion small size"
     )
+
+
+def test_of_an_endoscopic_image_neither_size_nor_colour_nor_hair_is_said():
+    seen = {"has_lesion": True, "lesion_fraction": 0.2, "red": 0.9}
+    row = {"modality": "endoscopic", "source_label": "polyps"}
+    assert metadata_caption(row, True, MetadataCaptionConfig(style="lesiongen"), seen) == "Polyps"
+    assert metadata_caption(row, True, MetadataCaptionConfig(style="isic2020")) == "photo of skin, polyps"
+    assert metadata_caption(row, True) == "endoscopic image of polyps"

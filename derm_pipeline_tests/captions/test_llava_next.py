@@ -160,6 +160,27 @@ def test_how_it_runs_is_no_part_of_what_it_is(folder):
     assert "batch_size" not in PromptedConfig().identity()
 
 
+def test_a_folder_counts_by_what_it_holds_not_by_where_it_lies(folder, tmp_path):
+    moved = write_tiny_llava_next(tmp_path / "moved")
+    identity = LlavaNextConfig(model=str(folder)).identity()
+    assert LlavaNextConfig(model=str(moved)).identity() == identity
+    weights = bytearray((moved / "model.safetensors").read_bytes())
+    weights[int(np.random.default_rng().integers(len(weights)))] ^= 1
+    (moved / "model.safetensors").write_bytes(weights)
+    assert LlavaNextConfig(model=str(moved)).identity() != identity
+
+
+def test_large_files_are_sampled_all_over(tmp_path):
+    large = tmp_path / "model.safetensors"
+    with large.open("wb") as handle:
+        handle.truncate(2**28)
+    before = LlavaNextConfig(model=str(tmp_path)).identity()
+    with large.open("r+b") as handle:
+        handle.seek(2**27 + 100)
+        handle.write(b"x")
+    assert LlavaNextConfig(model=str(tmp_path)).identity() != before
+
+
 def test_a_missing_model_says_where_it_was_looked_for_and_how_to_get_it(tmp_path, monkeypatch):
     asked = []
 
