@@ -155,6 +155,7 @@ def _is_denied(text: str, start: int, end: int) -> bool:
 
 
 _MALIGNANT = [diagnosis for diagnosis in Diagnosis if diagnosis.is_malignant]
+_BENIGN = [diagnosis for diagnosis in Diagnosis if not diagnosis.is_malignant]
 _DIAGNOSIS_PHRASES: dict[str, Iterable[Diagnosis]] = {
     r"(?:malignant )?melanomas?": [D.MEL],
     r"lentigo maligna(?: melanoma)?": [D.MEL],
@@ -168,6 +169,10 @@ _DIAGNOSIS_PHRASES: dict[str, Iterable[Diagnosis]] = {
     r"(?:actinic|solar) keratos[ei]s": [D.AK, D.AKIEC],
     r"carcinomas?": [D.BCC, D.SCC, D.AKIEC],
     r"skin cancers?": _MALIGNANT,
+    r"cancer(?:ous)?": _MALIGNANT,
+    r"malignan(?:t|cy)": _MALIGNANT,
+    r"benign": _BENIGN,
+    r"moles?": [D.NV],
     r"benign keratos[ei]s(?:-like lesions?)?": [D.BKL],
     r"(?:seborr?h?o?eic|lichenoid|lichen planus-like) keratos[ei]s": [D.BKL],
     r"solar lentig(?:o|ines)": [D.BKL],
@@ -203,7 +208,10 @@ _DIAGNOSES = _Vocabulary.of(
 )
 
 _SEXES = _Vocabulary.of(
-    {r"(?:wom[ae]n|females?|lady|girl)(?:'s)?": [Sex.FEMALE], r"(?:m[ae]n|males?|gentleman|boy)(?:'s)?": [Sex.MALE]}
+    {
+        r"(?:(?:wom[ae]n|females?|lady|girl)(?:'s)?|(?<!/)(?:she|hers?))": [Sex.FEMALE],
+        r"(?:(?:m[ae]n|males?|gentleman|boy)(?:'s)?|(?:he|his|him)(?!/))": [Sex.MALE],
+    }
 )
 
 _HEAD = [Site.FACE, Site.EAR, Site.SCALP, Site.NECK, Site.HEAD_OR_NECK, Site.ORAL_OR_GENITAL]

@@ -129,17 +129,21 @@ class OpenAiCaptioner:
             response = self._client.chat.completions.with_raw_response.create(**self._request(question))
             return read_answer(response.text)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise PermissionError(f"{url} refuses the key ({self._short(error)}); see api_key_env") from error
+            raise PermissionError(f"{url} refuses the key ({self._short(error)}); see api_key_env") from self._cause(
+                error
+            )
         except openai.NotFoundError as error:
             raise ValueError(
                 f"{url} does not know the address or the model {self.model!r} ({self._short(error)})"
-            ) from error
+            ) from self._cause(error)
         except (openai.RateLimitError, openai.APIConnectionError) as error:
             tries = self.config.max_retries + 1
-            raise ConnectionError(f"{url} did not answer in {tries} tries ({self._short(error)})") from error
+            raise ConnectionError(f"{url} did not answer in {tries} tries ({self._short(error)})") from self._cause(
+                error
+            )
         except openai.APIStatusError as error:
             if error.status_code in (502, 503, 504):
-                raise ConnectionError(f"{url} is down ({self._short(error)})") from error
+                raise ConnectionError(f"{url} is down ({self._short(error)})") from self._cause(error)
             return Answer("", None, f"refused: {self._short(error)}")
 
     def _request(self, question: Question) -> dict[str, Any]:
@@ -158,6 +162,10 @@ class OpenAiCaptioner:
             "seed": question.seed,
             "extra_body": {} if self.config.top_k is None else {"top_k": self.config.top_k},
         }
+
+    def _cause(self, error: Exception) -> Exception | None:
+        """The error, to be raised from; None where it would carry the key into a log."""
+        return None if self._secret and self._secret in str(error) else error
 
     def _short(self, error: Exception) -> str:
         """The error's first words, without the key, which some servers repeat."""
