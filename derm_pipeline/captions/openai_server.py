@@ -129,18 +129,15 @@ class OpenAiCaptioner:
             response = self._client.chat.completions.with_raw_response.create(**self._request(question))
             return read_answer(response.text)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise PermissionError(f"{url} refuses the key ({self._short(error)}); see api_key_env") from self._cause(
-                error
-            )
+            said = f"{url} refuses the key ({self._short(error)}); see api_key_env"
+            raise PermissionError(said) from self._cause(error)
         except openai.NotFoundError as error:
             raise ValueError(
                 f"{url} does not know the address or the model {self.model!r} ({self._short(error)})"
             ) from self._cause(error)
         except (openai.RateLimitError, openai.APIConnectionError) as error:
-            tries = self.config.max_retries + 1
-            raise ConnectionError(f"{url} did not answer in {tries} tries ({self._short(error)})") from self._cause(
-                error
-            )
+            said = f"{url} did not answer in {self.config.max_retries + 1} tries ({self._short(error)})"
+            raise ConnectionError(said) from self._cause(error)
         except openai.APIStatusError as error:
             if error.status_code in (502, 503, 504):
                 raise ConnectionError(f"{url} is down ({self._short(error)})") from self._cause(error)
