@@ -280,6 +280,13 @@ def _table(
     return pa.table([columns[name] for name in SPLIT_SCHEMA.names], schema=SPLIT_SCHEMA)
 
 
+def gone_rows(previous: pa.Table | None, assigned: pa.Table) -> pa.Table:
+    """The rows of `previous` whose images are not in `assigned`: kept beside it, and given along the next time."""
+    if previous is None:
+        return SPLIT_SCHEMA.empty_table()
+    return previous.filter(pc.invert(pc.is_in(_image_names(previous), value_set=_image_names(assigned))))
+
+
 def light_dark_split(records: pa.Table, *, seed: int = 0, num_per_label: int = 8) -> pa.Table:
     """From Majority to Minority's law (arXiv:2406.18375): learn from light skin and a few dark images, test on dark.
 

@@ -267,7 +267,7 @@ def test_the_report_is_pointed_at_with_the_figures(derm, finished):
 
 @pytest.mark.slow
 def test_verify_names_a_hand_edited_artifact_and_after_removing_it_the_run_makes_it_again(derm, project):
-    assert derm("verify", project=project).output.startswith("16 artifacts")
+    assert derm("verify", project=project).output.startswith("17 artifacts")
     artifacts, before = project.artifacts(), project.digests()
     report, captions = artifacts["report"], artifacts["visual_captions"]
     page = report.path("report.html")

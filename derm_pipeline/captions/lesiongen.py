@@ -51,6 +51,7 @@ _CRITERIA_IN_OTHER_WORDS = {
     ("regression_structures", "present"): "regression",
     ("vascular_structures", "within regression"): "vessels within regression",
     ("vascular_structures", "present"): "vessels",
+    ("elevation", "true"): "elevated lesion",  # PAD-UFES-20 says yes or no
 }
 
 

@@ -42,7 +42,7 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
+            raise UserError(f"no access to {error.filename}: {error.strerror}") from error
         raise
 
 

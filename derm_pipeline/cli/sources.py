@@ -14,6 +14,7 @@ from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import Split, canonical
 from derm_pipeline.sources.archives import in_words
 from derm_pipeline.sources.downloads import DOWNLOADS, Application, how_to_get
+from derm_pipeline.sources.layout import NotUnpackedError
 
 
 @click.command()
@@ -42,19 +43,22 @@ def _facts(workspace: Workspace, name: str) -> list[str]:
     source, folder = workspace.sources[name], workspace.source_folder(name)
     try:
         listing = source.list_images(folder)
+    except NotUnpackedError as error:
+        state, rows = "found, and not unpacked yet", f"  {error}"
     except FileNotFoundError as error:
         # A drawn source needs no getting; of the others this says what is missing in a folder that is there.
         state, rows = "not found", "" if not folder.is_dir() or name == "phantom" else f"  {error}"
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         state, rows = "found, and cannot be read", f"  {error}"
     else:
         diagnoses = Counter(candidate.diagnosis for candidate in listing.candidates)
-        classes = ", ".join(f"{one.value} {diagnoses[one]:,}" for one in canonical(filter(None, diagnoses)))
-        without = f", none {diagnoses[None]:,}" if diagnoses[None] else ""
+        counts = [f"{one.value} {diagnoses[one]:,}" for one in canonical(filter(None, diagnoses))]
+        counts += [f"none {diagnoses[None]:,}"] if diagnoses[None] else []
         quarantined = f"; {len(listing.quarantined):,} rows or files cannot be used" if listing.quarantined else ""
         num_missing = sum(candidate.file is None for candidate in listing.candidates)
-        missing = f"; {num_missing:,} image files are missing" if num_missing else ""
-        state, rows = "found", f"  {len(listing.candidates):,} rows: {classes}{without}{missing}{quarantined}"
+        packed = " (zip archives are unpacked when first used)" if any(folder.glob("**/*.zip")) else ""
+        missing = f"; {num_missing:,} image files are missing{packed}" if num_missing else ""
+        state, rows = "found", f"  {len(listing.candidates):,} rows: {', '.join(counts)}{missing}{quarantined}"
     lines = [f"{name}: {source.title}: {state}", f"  {folder}", rows, f"  licence: {source.licence}"]
     return [line for line in [*lines, f"  get it: {_getting(name)}"] if line.strip()]
 

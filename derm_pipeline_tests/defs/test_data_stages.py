@@ -7,10 +7,12 @@ import pytest
 from derm_pipeline.captions.llava_next import LlavaNextCaptioner
 from derm_pipeline.captions.tiny import write_tiny_llava_next
 from derm_pipeline.defs.stages import data as stages
+from derm_pipeline.defs.stages.exporting import export_captions
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.sources.phantom import PhantomSource
 from derm_pipeline.sources.phantom_drawing import PhantomConfig
 from derm_pipeline.splits import split_problems
+from derm_pipeline.store import StoreError
 
 NUM = 12
 
@@ -194,3 +196,74 @@ def test_who_has_a_side_keeps_it_when_a_source_is_added(own):
     rows = after.table(stages.SPLITS).to_pylist()
     assert {row["image_id"]: row["split"] for row in rows if row["source"] == "phantom"} == before
     assert after.counts["grown_from"].startswith("splits")
+
+
+def assigned(workspace):
+    rows = stages.splits(workspace).table(stages.SPLITS).to_pylist()
+    return {(row["source"], row["image_id"]): row["split"] for row in rows}
+
+
+def test_who_leaves_and_comes_back_finds_his_split_again(own):
+    for source in ("phantom", "moles"):
+        stages.records(own, source)
+    before = {
+        (row["source"], row["image_id"]): row["split"] for row in stages.splits(own).table(stages.SPLITS).to_pylist()
+    }
+    table = own.raw / "phantom" / "metadata.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    for away in (True, False):
+        table.write_text("".join(lines[:3] if away else lines))
+        folder = own.raw / "moles" / "nevus"
+        if away:
+            folder.rename(own.data / "elsewhere")
+        else:
+            (own.data / "elsewhere").rename(folder)
+        for source in ("phantom", "moles"):
+            stages.records(own, source)
+        now = {
+            (row["source"], row["image_id"]): row["split"]
+            for row in stages.splits(own).table(stages.SPLITS).to_pylist()
+        }
+        assert len(now) < len(before) or not away
+        assert now.items() <= before.items()
+    assert now == before
+
+
+def test_captions_of_other_records_are_refused_not_mixed_up(workspace):
+    prepared(workspace)
+    stages.visual_captions(workspace, "phantom")
+    stages.metadata_captions(workspace, "phantom")
+    stages.splits(workspace)
+    table = workspace.raw / "phantom" / "metadata.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([lines[0], lines[2].replace(",nv,", ",mel,"), *lines[3:]]))
+    stages.records(workspace, "phantom")
+    for use in (
+        lambda: stages.descriptors(workspace, "phantom"),
+        lambda: stages.metadata_captions(workspace, "phantom"),
+        lambda: exported(workspace, workspace.data / "out"),
+    ):
+        with pytest.raises(StoreError, match="made from other records than the current ones: materialise it again"):
+            use()
+
+
+def exported(workspace, out):
+    return export_captions(
+        workspace, "phantom", out, style="rich", carrier="metadata.csv", split="all", with_images=True
+    )
+
+
+def test_captions_are_never_written_over_the_sources_own_files(workspace):
+    prepared(workspace)
+    stages.visual_captions(workspace, "phantom")
+    stages.metadata_captions(workspace, "phantom")
+    for out in (
+        workspace.raw / "phantom",
+        workspace.raw / "phantom" / "images" / "..",
+        workspace.raw / "phantom" / "x",
+    ):
+        with pytest.raises(ValueError, match="is in the folder of phantom itself"):
+            exported(workspace, out)
+    exported(workspace, workspace.data / "out")
+    one = next((workspace.data / "out").rglob("*.jpg"))
+    assert one.stat().st_nlink == 1  # a copy: what another program does to it leaves the source alone

@@ -43,7 +43,7 @@ def source_assets(workspace: Workspace) -> list[Asset]:  # noqa: C901  one graph
                 versions[source] = stages.raw_reference(workspace, source).content_digest
             except FileNotFoundError:
                 context.log.info(f"{source}: no files in {workspace.source_folder(source)}")
-            except ValueError as error:  # one unreadable source must not hide the others
+            except (ValueError, OSError) as error:  # one unreadable source must not hide the others
                 context.log.warning(f"{source}: {error}")
         return dg.DataVersionsByPartition(versions)
 

@@ -32,22 +32,22 @@ from derm_pipeline.images import decode, encode_png, read_bytes
 from derm_pipeline.latents import ImageFile
 from derm_pipeline.records import Diagnosis, Modality, Split, canonical
 from derm_pipeline.sources import scan
-from derm_pipeline.splits import SplitConfig, assign_splits
-from derm_pipeline.store import WHOLE, Artifact, Build, Reference, Request
+from derm_pipeline.splits import SplitConfig, assign_splits, gone_rows
+from derm_pipeline.store import WHOLE, Artifact, Build, Reference, Request, StoreError
 
 RECORDS, QUARANTINED = "records.parquet", "quarantined.parquet"
 STATISTICS, LABELS, NEAR_DUPLICATES = "statistics.parquet", "labels.parquet", "near_duplicates.parquet"
 HAIR = "hair.parquet"
 DESCRIPTORS, CAPTIONS = "descriptors.parquet", "captions.parquet"
-SPLITS = "splits.parquet"
+SPLITS, GONE = "splits.parquet", "gone.parquet"
 
 CODE_VERSIONS = {
-    "records": "2",
+    "records": "3",
     "hair": "1",
     "descriptors": "1",
     "visual_captions": "2",
     "metadata_captions": "2",
-    "splits": "2",
+    "splits": "3",
 }
 """Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
 
@@ -167,8 +167,9 @@ def decode_mask(png: bytes) -> np.ndarray:
 
 def descriptors(workspace: Workspace, source: str, on_progress: OnProgress | None = None) -> Artifact:
     """What can be measured in every image: the lesion's shape, colours and structures, the skin's colour."""
-    records, hair = (workspace.store.current(asset, source) for asset in ("records", "hair"))
-    inputs = {"records": records.reference, "hair": hair.reference}
+    used = current_of(workspace, source, ["hair"])
+    records, hair = used["records"], used["hair"]
+    inputs = {asset: artifact.reference for asset, artifact in used.items()}
     request = Request("descriptors", source, inputs, {}, CODE_VERSIONS["descriptors"])
 
     def make(build: Build) -> None:
@@ -180,6 +181,22 @@ def descriptors(workspace: Workspace, source: str, on_progress: OnProgress | Non
         build.counts.update(num_images=found.num_rows, num_without_lesion=int((~has_lesion).sum()))
 
     return workspace.store.obtain(request, make)
+
+
+def current_of(workspace: Workspace, source: str, assets: Sequence[str]) -> dict[str, Artifact]:
+    """The current artifacts of a source's assets, made from one and the same records, row for row.
+
+    Raises:
+        StoreError: one is not made yet, or was made from other records than the current ones.
+    """
+    used = {asset: workspace.store.current(asset, source) for asset in ("records", *assets)}
+    digest = used["records"].reference.content_digest
+    for asset in assets:
+        if used[asset].manifest.inputs["records"].content_digest != digest:
+            raise StoreError(
+                f"{asset}/{source} was made from other records than the current ones: materialise it again"
+            )
+    return used
 
 
 def _measured_rows(hair_path: str, files: Sequence[ImageFile]) -> pa.Table:
@@ -195,7 +212,7 @@ def _measured_rows(hair_path: str, files: Sequence[ImageFile]) -> pa.Table:
 
 def visual_captions(workspace: Workspace, source: str, on_progress: OnProgress | None = None) -> Artifact:
     """A caption of what is visible in every image, by the captioner that the workspace names."""
-    used = {asset: workspace.store.current(asset, source) for asset in ("records", "hair", "descriptors")}
+    used = current_of(workspace, source, ["hair", "descriptors"])
     inputs = {asset: artifact.reference for asset, artifact in used.items()}
     config = workspace.captioner
     settings = {"captioner": config.identity()}
@@ -264,7 +281,7 @@ def _told(row: Mapping[str, Any]) -> str | None:
 
 def metadata_captions(workspace: Workspace, source: str) -> Artifact:
     """Captions of every record's known fields, a column a style; a recipe picks one."""
-    used = {asset: workspace.store.current(asset, source) for asset in ("records", "hair", "descriptors")}
+    used = current_of(workspace, source, ["hair", "descriptors"])
     inputs = {asset: artifact.reference for asset, artifact in used.items()}
     request = Request("metadata_captions", source, inputs, {}, CODE_VERSIONS["metadata_captions"])
 
@@ -298,8 +315,10 @@ def splits(workspace: Workspace) -> Artifact:
         rows = pa.concat_tables(artifact.table(RECORDS) for artifact in tables.values())
         # Whatever settings or code assigned them: who has a side keeps it.
         before = store.current("splits") if store.has("splits") else None
-        assigned = assign_splits(rows, before.table(SPLITS) if before else None, config)
+        known = _known_splits(before)
+        assigned = assign_splits(rows, known, config)
         build.write_table(SPLITS, assigned)
+        build.write_table(GONE, gone_rows(known, assigned))
         near = near_duplicates(pa.concat_tables(artifact.table(STATISTICS) for artifact in tables.values()))
         apart = in_two_splits(near.pairs, assigned)
         build.write_table(NEAR_DUPLICATES, apart)
@@ -314,3 +333,13 @@ def splits(workspace: Workspace) -> Artifact:
         )
 
     return store.obtain(request, make)
+
+
+def _known_splits(before: Artifact | None) -> pa.Table | None:
+    """Where everybody was, also those who are gone: who comes back finds his split again."""
+    if before is None:
+        return None
+    tables = [before.table(SPLITS)]
+    if before.path(GONE).exists():  # not in artifacts of older versions
+        tables.append(before.table(GONE))
+    return pa.concat_tables(tables)

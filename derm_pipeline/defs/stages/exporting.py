@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import pyarrow as pa
 
+from derm_pipeline.artifacts import replacing
 from derm_pipeline.captions.carriers import Caption, Carrier, write_captions
-from derm_pipeline.defs.stages.data import CAPTIONS, RECORDS, SPLITS
+from derm_pipeline.defs.stages.data import CAPTIONS, RECORDS, SPLITS, current_of
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import SkinType
 
@@ -26,16 +26,20 @@ def export_captions(
         style: of the metadata captions, or "visual".
         carrier: how captions are written.
         split: train, val, test, or all.
-        with_images: hard-link the images (copy them across file systems) beside the captions.
+        with_images: copy the images beside the captions. A link would let another program change the source's file.
 
     Raises:
-        StoreError: the captions, or the splits, are not made yet.
-        ValueError: no image is on that side.
+        StoreError: the captions, or the splits, are not made yet, or the captions are older than the records.
+        ValueError: no image is in that split, or `out` is the source's own folder.
     """
     store = workspace.store
-    rows = store.current("records", source).table(RECORDS)
+    folder = workspace.source_folder(source)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} is in the folder of {source} itself, whose files would be overwritten; name another")
     asset, column = ("visual_captions", "text") if style == "visual" else ("metadata_captions", style)
-    rows = rows.append_column("caption", store.current(asset, source).table(CAPTIONS, [column])[column])
+    used = current_of(workspace, source, [asset])
+    rows = used["records"].table(RECORDS)
+    rows = rows.append_column("caption", used[asset].table(CAPTIONS, [column])[column])
     if split != "all":
         sides = store.current("splits").table(SPLITS, ["source", "image_id", "split"]).to_pylist()
         side = {row["image_id"]: row["split"] for row in sides if row["source"] == source}
@@ -54,17 +58,8 @@ def export_captions(
     out.mkdir(parents=True, exist_ok=True)
     if with_images:
         for caption in captions:
-            _place(workspace.source_folder(source) / caption.file_name, out / caption.file_name)
+            target = out / caption.file_name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as aside:
+                shutil.copyfile(folder / caption.file_name, aside)
     return len(captions), write_captions(out, captions, carrier)
-
-
-def _place(file: Path, target: Path) -> None:
-    """Hard-link a file; copy it where that cannot be done."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and target.samefile(file):
-        return
-    target.unlink(missing_ok=True)
-    try:
-        os.link(file.resolve(), target)
-    except OSError:
-        shutil.copyfile(file, target)
