@@ -206,9 +206,7 @@ def assigned(workspace):
 def test_who_leaves_and_comes_back_finds_his_split_again(own):
     for source in ("phantom", "moles"):
         stages.records(own, source)
-    before = {
-        (row["source"], row["image_id"]): row["split"] for row in stages.splits(own).table(stages.SPLITS).to_pylist()
-    }
+    before = assigned(own)
     table = own.raw / "phantom" / "metadata.csv"
     lines = table.read_text().splitlines(keepends=True)
     for away in (True, False):
@@ -220,10 +218,7 @@ def test_who_leaves_and_comes_back_finds_his_split_again(own):
             (own.data / "elsewhere").rename(folder)
         for source in ("phantom", "moles"):
             stages.records(own, source)
-        now = {
-            (row["source"], row["image_id"]): row["split"]
-            for row in stages.splits(own).table(stages.SPLITS).to_pylist()
-        }
+        now = assigned(own)
         assert len(now) < len(before) or not away
         assert now.items() <= before.items()
     assert now == before
