@@ -35,7 +35,7 @@ from derm_pipeline.hair import detect_hair
 from derm_pipeline.images import read_image
 from derm_pipeline.sources import scan
 from derm_pipeline.sources.phantom import PhantomSource
-from derm_pipeline.sources.phantom_drawing import DRAWN, PhantomConfig
+from derm_pipeline.sources.phantom.drawing import DRAWN, PhantomConfig
 
 _EQUAL = {diagnosis.value: 1.0 for diagnosis in DRAWN}
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from derm_pipeline.hair import Hair, HairConfig, detect_hair
 from derm_pipeline.images import Pixels, read_image
-from derm_pipeline.sources.phantom_drawing import Phantom, PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import Phantom, PhantomConfig, draw, plan
 
 _EQUAL = dict.fromkeys(("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"), 1.0)
 _MIXED = {"p_hair": 0.5, "p_ruler": 0.3, "p_ink": 0.2, "p_bubbles": 0.3, "p_vignette": 0.4}

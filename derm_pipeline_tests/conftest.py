@@ -12,7 +12,7 @@ import pytest
 
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.sources.phantom import PhantomSource
-from derm_pipeline.sources.phantom_drawing import PhantomConfig
+from derm_pipeline.sources.phantom.drawing import PhantomConfig
 from derm_pipeline.store import Artifact
 
 # Before torch is imported, here and in the processes that tests start: networks as small as these gain nothing from a

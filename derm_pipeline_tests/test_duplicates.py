@@ -23,7 +23,7 @@ from derm_pipeline.duplicates import (
     shared_images,
 )
 from derm_pipeline.images import Pixels, decode, encode_jpeg, to_square
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
 from derm_pipeline.sources.statistics import STATISTICS_SCHEMA, THUMBNAIL_PX, WORK_PX, measure
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from derm_pipeline.hair import CONTOUR_LIMIT_PX, HairConfig, contour_length_px, detect_hair, remove_hair
-from derm_pipeline.sources.phantom_drawing import DRAWN, Phantom, PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import DRAWN, Phantom, PhantomConfig, draw, plan
 
 BALANCED = {diagnosis.value: 1.0 for diagnosis in DRAWN}
 MIXED = {"p_hair": 0.5, "p_ruler": 0.3, "p_ink": 0.2, "p_bubbles": 0.3, "p_vignette": 0.4}

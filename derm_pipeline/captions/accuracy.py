@@ -1,6 +1,6 @@
 """How right the descriptor's words are, against images whose truth is known because they were drawn.
 
-The words are read back from the captions themselves; the truth is in the records' concepts (`sources.phantom_truth`),
+The words are read back from the captions themselves; the truth is in the records' concepts (`sources.phantom.truth`),
 measured on the painting before light, hair, artefacts and compression.
 """
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 from derm_pipeline.captions.descriptors import COLOURS
 from derm_pipeline.captions.visual import DescriptorConfig
 from derm_pipeline.records import SkinType
-from derm_pipeline.sources.phantom_truth import TRUTHS
+from derm_pipeline.sources.phantom.truth import TRUTHS
 
 NEAR = 0.25
 """Shape words (symmetric, irregular) are a matter of taste near their threshold: images whose truth lies within this

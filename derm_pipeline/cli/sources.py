@@ -12,8 +12,8 @@ from derm_pipeline.captions.metadata import STYLES
 from derm_pipeline.cli.shared import UserError, progress_bars, with_workspace
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import Split, canonical
-from derm_pipeline.sources.archives import in_words
-from derm_pipeline.sources.downloads import DOWNLOADS, Application, how_to_get
+from derm_pipeline.sources.fetch.archives import in_words
+from derm_pipeline.sources.fetch.downloads import DOWNLOADS, Application, how_to_get
 from derm_pipeline.sources.layout import NotUnpackedError
 
 
@@ -94,7 +94,7 @@ def fetch(workspace: Workspace, source: str, accept_licence: bool, replace_chang
     _check_source(workspace, source)
     if source not in DOWNLOADS:
         raise UserError(how_to_get(source).strip())
-    from derm_pipeline.sources.fetch import fetch as fetch_files
+    from derm_pipeline.sources.fetch.fetch import fetch as fetch_files
 
     with progress_bars() as show:
         result = fetch_files(

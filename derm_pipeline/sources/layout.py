@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from derm_pipeline.images import SUFFIXES
-from derm_pipeline.sources.archives import is_to_unpack, member_names, unpack_archives
 from derm_pipeline.sources.base import OnProgress
+from derm_pipeline.sources.fetch.archives import is_to_unpack, member_names, unpack_archives
 from derm_pipeline.sources.listing import find_images, fingerprint_files
 
 

@@ -16,8 +16,8 @@ from derm_pipeline.captions.descriptors import COLOURS, measure
 from derm_pipeline.captions.segmentation import see
 from derm_pipeline.captions.visual import DescriptorConfig, sentence
 from derm_pipeline.records import SkinType
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
-from derm_pipeline.sources.phantom_truth import TRUTHS
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.truth import TRUTHS
 
 CONFIG = DescriptorConfig()
 TRUTH = dict.fromkeys(TRUTHS, "0.0000") | {"hair": "no", "lesion_fraction": "0.2000", "dark_brown": "0.9000"}

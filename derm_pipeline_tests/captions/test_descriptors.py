@@ -9,7 +9,7 @@ import pytest
 from derm_pipeline.captions.descriptors import COLOURS, measure
 from derm_pipeline.captions.segmentation import see
 from derm_pipeline.records import SkinType
-from derm_pipeline.sources.phantom_drawing import DRAWN, PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import DRAWN, PhantomConfig, draw, plan
 from derm_pipeline.sources.statistics import ita_degrees
 
 SKIN_LAB = (72.0, 11.0, 16.0)

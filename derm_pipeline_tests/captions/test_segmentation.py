@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from derm_pipeline.captions.segmentation import WORK_PX, see
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
 
 
 def skin(rng, height=150, width=200, colour=(225, 185, 165)):

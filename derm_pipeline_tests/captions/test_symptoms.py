@@ -33,7 +33,7 @@ from derm_pipeline.captions.tiny import write_tiny_llava_next
 from derm_pipeline.captions.visual import VISUAL_CAPTION_SCHEMA, DescriptorConfig, sentence
 from derm_pipeline.images import encode_png
 from derm_pipeline.records import Diagnosis, Modality, Sex
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
 
 DONE = "the lesion number {} is round and light brown with a regular network and a smooth edge."
 

@@ -23,7 +23,7 @@ from derm_pipeline.captions.visual import (
     sentence,
 )
 from derm_pipeline.records import Diagnosis, Modality
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
 
 DISEASE = re.compile(
     r"melanom|nevus|naev|carcinom|keratos|fibrom|vascular|angiom|malignan|benign|cancer|tumou?r|suspicious|"

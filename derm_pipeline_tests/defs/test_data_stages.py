@@ -10,7 +10,7 @@ from derm_pipeline.defs.stages import data as stages
 from derm_pipeline.defs.stages.exporting import export_captions
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.sources.phantom import PhantomSource
-from derm_pipeline.sources.phantom_drawing import PhantomConfig
+from derm_pipeline.sources.phantom.drawing import PhantomConfig
 from derm_pipeline.splits import split_problems
 from derm_pipeline.store import StoreError
 

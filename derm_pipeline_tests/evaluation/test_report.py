@@ -44,7 +44,7 @@ from derm_pipeline.evaluation.report import (
 )
 from derm_pipeline.images import decode
 from derm_pipeline.records import Diagnosis
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
 
 EVIL = "<script>document.title='run'</script><img src=x onerror=alert(1)>\"'&"
 CODES = [diagnosis.value for diagnosis in tuple(Diagnosis)[:7]]

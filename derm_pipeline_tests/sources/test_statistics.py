@@ -11,7 +11,7 @@ from scipy.fft import dctn
 from derm_pipeline.images import Pixels, decode, encode_jpeg, to_square
 from derm_pipeline.records import SkinType
 from derm_pipeline.sources import statistics as st
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
 
 
 def noise(count: int, side: int = st.WORK_PX) -> Pixels:

@@ -1,7 +1,7 @@
 """The phantom source: a folder of drawn images, in the same shape as a dataset that somebody published.
 
 The folder holds phantom.json (the settings, written last: what has it is finished), metadata.csv, images/ID.jpg and, as
-ground truth, masks/lesion/ID.png and masks/hair/ID.png (255 inside). What the pictures look like is phantom_drawing's
+ground truth, masks/lesion/ID.png and masks/hair/ID.png (255 inside). What the pictures look like is `drawing`'s
 business.
 """
 
@@ -37,8 +37,8 @@ from derm_pipeline.sources.listing import (
     parse_word_or_none,
     read_table,
 )
-from derm_pipeline.sources.phantom_drawing import DRAWN, Artefact, Phantom, PhantomCase, PhantomConfig, draw, plan
-from derm_pipeline.sources.phantom_truth import TRUTHS
+from derm_pipeline.sources.phantom.drawing import DRAWN, Artefact, Phantom, PhantomCase, PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.truth import TRUTHS
 
 SETTINGS = "phantom.json"
 TABLE = "metadata.csv"

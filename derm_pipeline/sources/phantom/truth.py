@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from derm_pipeline.sources.phantom_canvas import Plane, Rgb
+from derm_pipeline.sources.phantom.canvas import Plane, Rgb
 
 Mask = npt.NDArray[np.bool_]
 

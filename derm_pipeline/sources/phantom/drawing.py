@@ -18,10 +18,10 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from derm_pipeline.records import Diagnosis, Sex, Site, SkinType
-from derm_pipeline.sources.phantom_artefacts import draw_bubbles, draw_hair, draw_ink, draw_ruler, draw_vignette
-from derm_pipeline.sources.phantom_canvas import Canvas, Pose, Rgb
-from derm_pipeline.sources.phantom_lesions import paint_lesion
-from derm_pipeline.sources.phantom_truth import PhantomTruth, truth_of
+from derm_pipeline.sources.phantom.artefacts import draw_bubbles, draw_hair, draw_ink, draw_ruler, draw_vignette
+from derm_pipeline.sources.phantom.canvas import Canvas, Pose, Rgb
+from derm_pipeline.sources.phantom.lesions import paint_lesion
+from derm_pipeline.sources.phantom.truth import PhantomTruth, truth_of
 
 Artefact = Literal["bubbles", "hair", "ink", "ruler", "vignette"]
 

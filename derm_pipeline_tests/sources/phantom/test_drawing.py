@@ -8,7 +8,7 @@ import pytest
 
 from derm_pipeline.images import to_square
 from derm_pipeline.records import Diagnosis, SkinType
-from derm_pipeline.sources.phantom_drawing import DRAWN, Phantom, PhantomCase, PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import DRAWN, Phantom, PhantomCase, PhantomConfig, draw, plan
 
 BALANCED = {diagnosis.value: 1.0 for diagnosis in DRAWN}
 BARE = {"p_hair": 0.0, "p_ruler": 0.0, "p_ink": 0.0, "p_bubbles": 0.0, "p_vignette": 0.0}

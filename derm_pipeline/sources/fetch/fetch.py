@@ -24,12 +24,18 @@ import pooch  # type: ignore[import-untyped]  # it has no type marker
 import requests
 
 from derm_pipeline.artifacts import digest_of_file, write_json
-from derm_pipeline.sources.archives import lock_file, require_space, unpack_archives
 from derm_pipeline.sources.base import OnProgress
-from derm_pipeline.sources.downloads import Application, Direct, Download, ListedImages, RemoteFile
-from derm_pipeline.sources.ledger import LEDGER, AcceptedLicence, LedgerFile, read_ledger
-from derm_pipeline.sources.listings import list_dataverse
-from derm_pipeline.sources.transfer import FetchError, NotThereError, ResumingDownloader, announced_size, new_session
+from derm_pipeline.sources.fetch.archives import lock_file, require_space, unpack_archives
+from derm_pipeline.sources.fetch.downloads import Application, Direct, Download, ListedImages, RemoteFile
+from derm_pipeline.sources.fetch.ledger import LEDGER, AcceptedLicence, LedgerFile, read_ledger
+from derm_pipeline.sources.fetch.listings import list_dataverse
+from derm_pipeline.sources.fetch.transfer import (
+    FetchError,
+    NotThereError,
+    ResumingDownloader,
+    announced_size,
+    new_session,
+)
 
 WORK = ".fetching"
 """Partial files, in the source's folder; gone when everything is there."""

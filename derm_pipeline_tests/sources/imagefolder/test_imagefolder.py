@@ -15,10 +15,11 @@ import pytest
 from derm_pipeline.generation import SampleRequest, SamplingConfig, write_dataset
 from derm_pipeline.images import encode_jpeg
 from derm_pipeline.records import Diagnosis, SkinType
-from derm_pipeline.sources import imagefolder_files, scan, tables
+from derm_pipeline.sources import scan, tables
 from derm_pipeline.sources.imagefolder import ImageFolder, ImageFolderConfig
-from derm_pipeline.sources.imagefolder_files import clashes, image_ids
-from derm_pipeline.sources.typed_tables import read_jsonl, read_parquet, value_as_text
+from derm_pipeline.sources.imagefolder import files as imagefolder_files
+from derm_pipeline.sources.imagefolder.files import clashes, image_ids
+from derm_pipeline.sources.imagefolder.typed_tables import read_jsonl, read_parquet, value_as_text
 
 
 def source(**settings: Any) -> ImageFolder:
@@ -365,7 +366,7 @@ def test_a_parquet_table_is_read_within_bounds(tmp_path, monkeypatch):
         read_parquet(path, ())
     pq.write_table(pa.table({"file_name": ["a", "b"], "__index_level_0__": [5, 6]}), path)
     assert [dict(row.cells) for row in read_parquet(path, ())] == [{"file_name": "a"}, {"file_name": "b"}]
-    monkeypatch.setattr("derm_pipeline.sources.typed_tables.MAX_ROWS", 1)
+    monkeypatch.setattr("derm_pipeline.sources.imagefolder.typed_tables.MAX_ROWS", 1)
     with pytest.raises(ValueError, match="2 rows; at most 1"):
         read_parquet(path, ())
 

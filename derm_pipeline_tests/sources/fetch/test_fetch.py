@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from derm_pipeline.sources import transfer
-from derm_pipeline.sources.downloads import (
+from derm_pipeline.sources.fetch import transfer
+from derm_pipeline.sources.fetch.downloads import (
     DOWNLOADS,
     Application,
     Dataverse,
@@ -33,10 +33,10 @@ from derm_pipeline.sources.downloads import (
     RemoteFile,
     how_to_get,
 )
-from derm_pipeline.sources.fetch import WORK, LicenceError, fetch
-from derm_pipeline.sources.ledger import LEDGER, read_ledger
-from derm_pipeline.sources.listings import list_dataverse
-from derm_pipeline.sources.transfer import FetchError, NotThereError, ResumingDownloader, new_session
+from derm_pipeline.sources.fetch.fetch import WORK, LicenceError, fetch
+from derm_pipeline.sources.fetch.ledger import LEDGER, read_ledger
+from derm_pipeline.sources.fetch.listings import list_dataverse
+from derm_pipeline.sources.fetch.transfer import FetchError, NotThereError, ResumingDownloader, new_session
 
 LICENCE = "CC BY-NC 4.0"
 
@@ -623,8 +623,8 @@ def test_a_damaged_ledger_is_named(site, folder, text):
 def test_a_killed_fetch_goes_on_from_the_partial_file(site, folder):
     body = site.put("/data/a.bin", content(6_000_000), "slow 60")
     script = (
-        "import sys; from pathlib import Path; from derm_pipeline.sources.fetch import fetch; "
-        "from derm_pipeline.sources.downloads import Direct, RemoteFile; "
+        "import sys; from pathlib import Path; from derm_pipeline.sources.fetch.fetch import fetch; "
+        "from derm_pipeline.sources.fetch.downloads import Direct, RemoteFile; "
         "file = RemoteFile('https://publisher.invalid/data/a.bin', 'a.bin'); "
         "download = Direct('Some', 'home', (file,)); "
         "fetch(download, Path(sys.argv[1]), licence='x', accept_licence=True, mirror=sys.argv[2])"
@@ -837,7 +837,7 @@ def test_addresses_and_paths_of_the_table_are_sound():
 
 def test_importing_the_sources_does_not_import_pooch():
     script = (
-        "import sys, derm_pipeline.sources, derm_pipeline.sources.downloads; "
+        "import sys, derm_pipeline.sources, derm_pipeline.sources.fetch.downloads; "
         "assert not {'pooch', 'requests', 'torch'} & sys.modules.keys()"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

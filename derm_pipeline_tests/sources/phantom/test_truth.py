@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
-from derm_pipeline.sources.phantom_truth import COLOURS, TRUTHS, truth_of
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.truth import COLOURS, TRUTHS, truth_of
 
 SKIN = np.array((232, 198, 180), np.float32)
 EVERYWHERE = np.ones((150, 200), bool)

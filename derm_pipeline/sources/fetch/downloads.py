@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from derm_pipeline.sources.archives import in_words
+from derm_pipeline.sources.fetch.archives import in_words
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from derm_pipeline.sources import archives
-from derm_pipeline.sources.archives import in_words, lock_file, require_space, unpack_archives
+from derm_pipeline.sources.fetch import archives
+from derm_pipeline.sources.fetch.archives import in_words, lock_file, require_space, unpack_archives
 
 
 def content(size: int = 3000) -> bytes:
@@ -296,7 +296,7 @@ def test_progress_counts_bytes_of_archives_over_all_of_them(tmp_path):
 def test_a_killed_unpacking_starts_again(tmp_path):
     members = write_zip(tmp_path / "a.zip", {f"{n}.jpg": content(50) for n in range(5000)})
     script = (
-        "import sys; from pathlib import Path; from derm_pipeline.sources.archives import unpack_archives; "
+        "import sys; from pathlib import Path; from derm_pipeline.sources.fetch.archives import unpack_archives; "
         "unpack_archives(Path(sys.argv[1]), ['a'])"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])

@@ -19,7 +19,7 @@ import pooch  # type: ignore[import-untyped]  # it has no type marker
 import requests
 
 from derm_pipeline import __version__
-from derm_pipeline.sources.archives import require_space
+from derm_pipeline.sources.fetch.archives import require_space
 
 TIMEOUT_S = (15.0, 60.0)
 """Time-outs for connecting and for the next bytes."""

@@ -14,7 +14,7 @@ from derm_pipeline.images import read_image
 from derm_pipeline.records import SkinTypeOrigin
 from derm_pipeline.sources import SOURCES, phantom, scan
 from derm_pipeline.sources.phantom import HAIR_MASKS, IMAGES, LESION_MASKS, SETTINGS, TABLE, PhantomSource
-from derm_pipeline.sources.phantom_drawing import PhantomConfig, draw, plan
+from derm_pipeline.sources.phantom.drawing import PhantomConfig, draw, plan
 
 CONFIG = PhantomConfig(num_images=80, width_px=40, height_px=32, p_hair=0.5)
 

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from derm_pipeline.records import Diagnosis, Modality, Quarantined, Site, SkinTypeOrigin
 from derm_pipeline.sources.base import OnProgress
-from derm_pipeline.sources.imagefolder_cells import CellReader
-from derm_pipeline.sources.imagefolder_files import Tree, checked_path, clashes, image_ids, look_below
+from derm_pipeline.sources.imagefolder.cells import CellReader
+from derm_pipeline.sources.imagefolder.files import Tree, checked_path, clashes, image_ids, look_below
+from derm_pipeline.sources.imagefolder.typed_tables import read_jsonl, read_parquet
 from derm_pipeline.sources.listing import (
     BadRowError,
     Candidate,
@@ -32,7 +33,6 @@ from derm_pipeline.sources.listing import (
     read_table,
 )
 from derm_pipeline.sources.tables import MAX_ROW_CHARS, as_text
-from derm_pipeline.sources.typed_tables import read_jsonl, read_parquet
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTION_SUFFIXES = (".caption", ".txt")

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from derm_pipeline.records import Diagnosis
-from derm_pipeline.sources.phantom_canvas import Canvas, Plane, Rgb, Strokes, curve, rgb, smoothstep
+from derm_pipeline.sources.phantom.canvas import Canvas, Plane, Rgb, Strokes, curve, rgb, smoothstep
 
 _LIGHT_SKIN = rgb(232, 198, 180)
 _TABLE = 2048

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from derm_pipeline.sources.phantom_canvas import Canvas, Plane, Rgb, curve, rgb, smoothstep
+from derm_pipeline.sources.phantom.canvas import Canvas, Plane, Rgb, curve, rgb, smoothstep
 
 _HAIR_COVERAGE = 0.4
 """A pixel belongs to the hair mask when at least this much of it is covered."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from derm_pipeline.sources.downloads import Dataverse, RemoteFile
+from derm_pipeline.sources.fetch.downloads import Dataverse, RemoteFile
 
 _ALGORITHMS = {"MD5": "md5", "SHA-1": "sha1", "SHA-256": "sha256", "SHA-512": "sha512"}
 

@@ -1,0 +1,1 @@
+"""Getting datasets: where they are to be had, downloading them, unpacking their archives."""
