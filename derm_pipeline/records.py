@@ -98,6 +98,7 @@ _PHRASES = {
     Diagnosis.VASC: "vascular lesion",
     Diagnosis.AK: "actinic keratosis",
     Diagnosis.SCC: "squamous cell carcinoma",
+    Diagnosis.KAPOSI_SARCOMA: "Kaposi sarcoma",
     Diagnosis.LUPUS: "lupus erythematosus",
     Diagnosis.MOLLUSCUM: "molluscum contagiosum",
 }

@@ -123,14 +123,14 @@ def _diagnosis_tokens() -> dict[str, str]:
     """The token of every diagnosis, by its words."""
     tokens: dict[str, str] = {}
     for diagnosis in Diagnosis:
-        letters = _letters(diagnosis.phrase)
+        letters = _letters(diagnosis.phrase.lower())
         prefixes = (letters[:length] for length in range(_TOKEN_LETTERS, len(letters) + 1))
         taken = set(tokens.values())
         # the last resort, a name that begins a former one: its code
         prefix = next((prefix for prefix in prefixes if f"{prefix}-class" not in taken), diagnosis.value)
-        tokens[diagnosis.phrase] = f"{prefix}-class"
+        tokens[diagnosis.phrase.lower()] = f"{prefix}-class"
     return tokens
 
 
-_PHRASES = {diagnosis.value: diagnosis.phrase for diagnosis in Diagnosis}
+_PHRASES = {diagnosis.value: diagnosis.phrase.lower() for diagnosis in Diagnosis}
 _DIAGNOSIS_TOKENS = _diagnosis_tokens()

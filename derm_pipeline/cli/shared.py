@@ -43,6 +43,8 @@ def user_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"no access to {error.filename}: {error.strerror}") from error
+        if error.errno is None and str(error):  # said by us, of a server or a model
+            raise UserError(str(error)) from error
         raise
 
 

@@ -61,7 +61,11 @@ class Workspace:
         """Who writes the visual captions: `captioner.yaml` in the data folder; without it the embedded descriptor."""
         from derm_pipeline.captions.symptoms import read_captioner_config
 
-        return read_captioner_config(self.data / "captioner.yaml")
+        config = read_captioner_config(self.data / "captioner.yaml")
+        folder = self.data / Path(getattr(config, "model", "")).expanduser()
+        if config.kind == "llava_next" and folder.is_dir():  # a path in a file is relative to the file
+            return config.model_copy(update={"model": str(folder)})
+        return config
 
     def api_key(self, captioner: CaptionerConfig) -> str | None:
         """The key of a captioner's server, from the environment variable that its settings name.

@@ -113,6 +113,27 @@ def test_an_interrupted_captioning_loses_one_batch(workspace, tmp_path, asked, m
     assert asked == [4, 4, 4]
 
 
+def test_a_captioner_that_was_used_before_is_not_asked_again(workspace, tmp_path, asked):
+    first = with_captioner(prepared(workspace), tiny_settings(tmp_path))
+    stages.visual_captions(first, "phantom")
+    stages.visual_captions(with_captioner(workspace, "kind: descriptor\n"), "phantom")
+    table = workspace.raw / "phantom" / "metadata.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-2]))
+    again = with_captioner(prepared(workspace), tiny_settings(tmp_path))
+    assert stages.visual_captions(again, "phantom").table(stages.CAPTIONS).num_rows == NUM - 2
+    assert sum(asked) == NUM
+
+
+def test_a_models_folder_is_looked_for_beside_the_settings(workspace):
+    write_tiny_llava_next(workspace.data / "models" / "tiny")
+    assert with_captioner(workspace, "kind: llava_next\nmodel: models/tiny\n").captioner.model == str(
+        workspace.data / "models" / "tiny"
+    )
+    hub = "llava-hf/llama3-llava-next-8b-hf"
+    assert with_captioner(workspace, f"kind: llava_next\nmodel: {hub}\n").captioner.model == hub
+
+
 def test_where_a_model_is_refused_the_descriptors_sentence_stands(workspace, tmp_path):
     described = stages.visual_captions(prepared(workspace), "phantom").table(stages.CAPTIONS)["text"].to_pylist()
     workspace = with_captioner(workspace, tiny_settings(tmp_path))

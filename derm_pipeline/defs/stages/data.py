@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
 
-from derm_pipeline.captions.claims import Facts
 from derm_pipeline.captions.descriptors import measure
 from derm_pipeline.captions.metadata import caption_styles
 from derm_pipeline.captions.segmentation import see
 from derm_pipeline.captions.symptoms import ImageToCaption, LlavaNextConfig, OpenAiConfig
 from derm_pipeline.captions.visual import (
+    VISUAL_CAPTION_SCHEMA,
     DescriptorConfig,
     described_table,
     descriptors_table,
@@ -30,7 +29,7 @@ from derm_pipeline.duplicates import in_two_splits, join_counts, near_duplicates
 from derm_pipeline.hair import HairConfig, detect_hair
 from derm_pipeline.images import decode, encode_png, read_bytes
 from derm_pipeline.latents import ImageFile
-from derm_pipeline.records import Diagnosis, Modality, Split, canonical
+from derm_pipeline.records import Modality, Split, canonical
 from derm_pipeline.sources import scan
 from derm_pipeline.splits import SplitConfig, assign_splits, gone_rows
 from derm_pipeline.store import WHOLE, Artifact, Build, Reference, Request, StoreError
@@ -44,9 +43,9 @@ SPLITS, GONE = "splits.parquet", "gone.parquet"
 CODE_VERSIONS = {
     "records": "3",
     "hair": "1",
-    "descriptors": "1",
-    "visual_captions": "2",
-    "metadata_captions": "2",
+    "descriptors": "2",
+    "visual_captions": "3",
+    "metadata_captions": "3",
     "splits": "3",
 }
 """Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
@@ -260,23 +259,27 @@ def _asked(
     from derm_pipeline.captions.symptoms import describe_all, make_captioner
 
     known = zip(image_files(workspace, rows), rows.to_pylist(), is_hairy, sentences, strict=True)
-    items = [
-        ImageToCaption(file.path, file.sha256, Facts.of(row, hairy), _told(row), stand_in)
-        for file, row, hairy, stand_in in known
-    ]
+    items = [ImageToCaption.of(file.path, file.sha256, row, hairy, stand_in) for file, row, hairy, stand_in in known]
     return describe_all(
         items,
         make_captioner(config, api_key=workspace.api_key(config)),
         Gate(config.gate),
         work=build.work,
-        previous=build.previous.table(CAPTIONS) if build.previous else None,
+        previous=_captions_before(workspace, rows["source"][0].as_py()),
         on_progress=on_progress,
     )
 
 
-def _told(row: Mapping[str, Any]) -> str | None:
-    """The class name in words: our diagnosis, else the source's own label."""
-    return Diagnosis(row["diagnosis"]).phrase if row["diagnosis"] else row["source_label"] or None
+def _captions_before(workspace: Workspace, source: str) -> pa.Table | None:
+    """The rows of all earlier captions of a source: each says itself which question it answers."""
+    tables = [
+        artifact.table(CAPTIONS)
+        for artifact in workspace.store.artifacts()
+        if (artifact.manifest.asset, artifact.manifest.partition) == ("visual_captions", source)
+    ]
+    names = [field.name for field in VISUAL_CAPTION_SCHEMA]
+    tables = [table.select(names) for table in tables if set(names) <= set(table.column_names)]
+    return pa.concat_tables(tables) if tables else None
 
 
 def metadata_captions(workspace: Workspace, source: str) -> Artifact:
