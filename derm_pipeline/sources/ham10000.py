@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from derm_pipeline.images import read_image
-from derm_pipeline.records import Diagnosis, Sex, Site
+from derm_pipeline.records import Diagnosis, Site
 from derm_pipeline.sources.base import OnProgress
 from derm_pipeline.sources.layout import Layout
 from derm_pipeline.sources.listing import (
@@ -20,10 +20,11 @@ from derm_pipeline.sources.listing import (
     find_images,
     pair,
     parse_age,
+    parse_mapped,
     parse_word_or_none,
 )
 from derm_pipeline.sources.tables import read_table
-from derm_pipeline.sources.words import known_cells, known_or_none
+from derm_pipeline.sources.words import SEXES, known_cells, known_or_none
 
 MASK_FOLDER = "HAM10000_segmentations_lesion_tschandl"
 """Lesion masks, `<image_id>_segmentation.png`, drawn at 600x450 for every image; the folder may be absent."""
@@ -106,14 +107,14 @@ def _candidate(masks: Mapping[str, list[str]], cells: Mapping[str, str], file: s
         source_label=cells["dx"],
         diagnosis=_diagnosis(cells["dx"]),
         age_years=parse_age("age", cells["age"]),
-        sex=parse_word_or_none(Sex, "sex", cells["sex"]),
-        site=parse_word_or_none(Site, "localization", cells["localization"]),
+        sex=parse_mapped(SEXES, "sex", cells["sex"]),
+        site=parse_word_or_none(Site, "localization", cells["localization"].lower()),
         lesion_id=known_or_none(cells["lesion_id"]),
         concepts=concepts,
     )
 
 
 def _diagnosis(text: str) -> Diagnosis:
-    if text not in DIAGNOSES:
+    if text.lower() not in DIAGNOSES:
         raise BadRowError(f"dx {text!r} is outside the vocabulary; allowed: {', '.join(DIAGNOSES)}")
-    return DIAGNOSES[text]
+    return DIAGNOSES[text.lower()]

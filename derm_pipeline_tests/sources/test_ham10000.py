@@ -134,7 +134,7 @@ def test_unknown_cells_become_none(folder):
 @pytest.mark.parametrize(
     ("cells", "words"),
     [
-        ({"dx": "NV"}, ["dx 'NV'", "akiec, bcc, bkl, df, mel, nv, vasc"]),
+        ({"dx": "nevus"}, ["dx 'nevus'", "akiec, bcc, bkl, df, mel, nv, vasc"]),
         ({"dx": "scc"}, ["dx 'scc'", "outside the vocabulary"]),
         ({"dx": ""}, ["dx ''"]),
         ({"age": "forty"}, ["age 'forty'"]),
@@ -154,6 +154,13 @@ def test_a_word_outside_the_vocabulary_is_quarantined_with_the_allowed_ones(fold
     assert bad["image_id"] == "ISIC_0000000"
     assert bad["file"] == "HAM10000_images_part_1/ISIC_0000000.jpg"
     assert all(word in bad["reason"] for word in ["table line 2", *words])
+
+
+def test_the_case_of_words_does_not_matter(folder):
+    write_table(folder, [row(0, dx="NV", sex="Male", localization="Lower Extremity"), *(row(n) for n in range(1, 6))])
+    found = scan(HAM, folder).records.to_pylist()[0]
+    assert (found["diagnosis"], found["sex"], found["site"]) == ("nv", "male", "lower extremity")
+    assert found["source_label"] == "NV"
 
 
 @pytest.mark.parametrize(

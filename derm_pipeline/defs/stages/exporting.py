@@ -12,6 +12,7 @@ from derm_pipeline.captions.carriers import Caption, Carrier, write_captions
 from derm_pipeline.defs.stages.data import CAPTIONS, RECORDS, SPLITS, current_of
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import SkinType
+from derm_pipeline.store import StoreError
 
 
 def export_captions(
@@ -29,7 +30,7 @@ def export_captions(
         with_images: copy the images beside the captions. A link would let another program change the source's file.
 
     Raises:
-        StoreError: the captions, or the splits, are not made yet, or the captions are older than the records.
+        StoreError: the captions, or the splits, are not made yet, or are older than the records.
         ValueError: no image is in that split, or `out` is the source's own folder.
     """
     store = workspace.store
@@ -43,6 +44,8 @@ def export_captions(
     if split != "all":
         sides = store.current("splits").table(SPLITS, ["source", "image_id", "split"]).to_pylist()
         side = {row["image_id"]: row["split"] for row in sides if row["source"] == source}
+        if new := set(rows["image_id"].to_pylist()) - side.keys():
+            raise StoreError(f"{len(new):,} images of {source} are in no split yet: materialise splits again")
         rows = rows.filter(pa.array([side.get(image_id) == split for image_id in rows["image_id"].to_pylist()]))
     if rows.num_rows == 0:
         raise ValueError(f"no image of {source} is in the split {split}")
