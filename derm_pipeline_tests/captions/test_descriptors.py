@@ -171,5 +171,5 @@ def test_drawn_structures_are_measured_where_they_are_drawn():
     assert mean("num_bright_spots", "bkl") > 2 * mean("num_bright_spots", "mel")
     assert mean("num_red_blobs", "vasc") > 2 * mean("num_red_blobs", "mel")
     assert mean("blue_grey", "mel") > 0.1 > mean("blue_grey", "nv")
-    assert mean("centre_lightness", "df") > 8 > mean("centre_lightness", "nv")
+    assert mean("centre_lightness", "df") > mean("centre_lightness", "nv") + 10
     assert mean("asymmetry", "mel") > 1.5 * mean("asymmetry", "nv")
