@@ -170,6 +170,32 @@ class Sex(StrEnum):
     MALE = "male"
 
 
+class AgeBand(StrEnum):
+    """Band of ages, in years; unknown is None, never a value."""
+
+    TO_29 = "0-29"
+    TO_49 = "30-49"
+    TO_69 = "50-69"
+    FROM_70 = "70+"
+
+    @classmethod
+    def of(cls, age_years: float) -> AgeBand:
+        """The band that an age in years lies in.
+
+        Raises:
+            ValueError: an age that is not in 0 to 200.
+        """
+        if not 0 <= age_years < 201:
+            raise ValueError(f"age {age_years}: 0 to 200 years are known")
+        return tuple(cls)[sum(age_years >= first for first in (30, 50, 70))]
+
+    @classmethod
+    def of_range(cls, age_range: str) -> AgeBand | None:
+        """The band that a range of ages ("30-39") lies in, None where it reaches over several."""
+        first, last = (cls.of(int(age)) for age in age_range.split("-"))
+        return first if first == last else None
+
+
 class Site(StrEnum):
     """Body site, in HAM10000's words and then those of the others; unknown is None, never a value."""
 

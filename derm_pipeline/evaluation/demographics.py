@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from derm_pipeline.records import AgeBand
 from derm_pipeline.sources.identity import archive_names
 
 if TYPE_CHECKING:
     import pandas as pd
-
-AGE_BANDS = ((0, 29, "0-29"), (30, 49, "30-49"), (50, 69, "50-69"), (70, 200, "70+"))
-"""First and last year, and name."""
 
 
 def age_band(age_years: float | None) -> str | None:
@@ -23,12 +21,7 @@ def age_band(age_years: float | None) -> str | None:
     Raises:
         ValueError: an age below 0 or above 200.
     """
-    if age_years is None or np.isnan(age_years):
-        return None
-    for first, last, name in AGE_BANDS:
-        if first <= age_years < last + 1:
-            return name
-    raise ValueError(f"age {age_years}: 0 to 200 years are known")
+    return None if age_years is None or np.isnan(age_years) else AgeBand.of(age_years).value
 
 
 def demographics(records: pa.Table | pd.DataFrame) -> pd.DataFrame:
@@ -73,10 +66,9 @@ def _unique(source: pd.Series, ids: pd.Series) -> pd.Series:
     return pd.Series([name or other for name, other in zip(named, own, strict=True)], index=ids.index, dtype=object)
 
 
-def _band_of_range(ages: str) -> str | None:
-    """The band that a range of ages ("30-39") lies in, None where it reaches over several."""
-    first, last = (age_band(int(age)) for age in ages.split("-"))
-    return first if first == last else None
+def _band_of_range(age_range: str) -> str | None:
+    band = AgeBand.of_range(age_range)
+    return band.value if band else None
 
 
 def _mapped(column: pd.Series, change: Any) -> pd.Series:

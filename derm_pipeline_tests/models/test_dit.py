@@ -6,13 +6,9 @@ import torch
 from pydantic import ValidationError
 
 from derm_pipeline.models.dit import DIT_PRESETS, DiT, DiTConfig, position_table, preset, time_code
+from derm_pipeline.models.dit import num_parameters as num_parameters_of
 
 TINY = DiTConfig(latent_size=8, width=32, depth=2, heads=2, conditions={"diagnosis": 7, "skin_type": 6})
-
-
-def count(config: DiTConfig) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in DiT(config).parameters())
 
 
 def awake(config: DiTConfig = TINY) -> DiT:
@@ -55,19 +51,27 @@ def batch(n: int, config: DiTConfig = TINY):
     ],
 )
 def test_public_sizes_have_the_published_number_of_parameters(name, num_classes, latent_size, num_parameters):
-    assert count(preset(name, latent_size=latent_size, conditions={"label": num_classes})) == num_parameters
+    assert num_parameters_of(preset(name, latent_size=latent_size, conditions={"label": num_classes})) == num_parameters
 
 
-@pytest.mark.parametrize(("depth", "heads", "num_parameters"), [(6, 6, 16_593_040), (24, 12, 64_472_464)])
-def test_the_two_sizes_of_000_have_their_number_of_parameters(depth, heads, num_parameters):
-    config = DiTConfig(latent_size=28, width=384, depth=depth, heads=heads, conditions={"diagnosis": 7})
-    assert count(config) == num_parameters
+@pytest.mark.parametrize(("name", "num_parameters"), [("DiT", 16_593_040), ("DiT-B", 64_472_464)])
+def test_the_two_sizes_of_000_have_their_number_of_parameters(name, num_parameters):
+    config = preset(name, latent_size=28, conditions={"diagnosis": 7})
+    assert not config.learn_sigma
+    assert num_parameters_of(config) == num_parameters
 
 
-def test_there_are_twelve_presets_and_an_unknown_one_names_them():
-    assert len(DIT_PRESETS) == 12
-    with pytest.raises(ValueError, match="'M/2'.*XL/2"):
+def test_there_are_twelve_public_presets_and_two_of_000_and_an_unknown_one_names_them():
+    assert len(DIT_PRESETS) == 12 + 2
+    with pytest.raises(ValueError, match="'M/2'.*XL/2.*DiT-B"):
         preset("M/2", latent_size=32, conditions={"diagnosis": 7})
+
+
+def test_a_preset_takes_further_fields_and_refuses_those_it_does_not_know():
+    config = preset("S/8", latent_size=32, conditions={"diagnosis": 7}, learn_sigma=False, qk_norm=True)
+    assert (config.width, config.patch, config.learn_sigma, config.qk_norm) == (384, 8, False, True)
+    with pytest.raises(ValidationError, match="dropout"):
+        preset("S/8", latent_size=32, conditions={"diagnosis": 7}, dropout=0.1)
 
 
 def test_parameters_are_named_as_in_the_public_checkpoints():
