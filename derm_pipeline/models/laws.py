@@ -17,10 +17,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from derm_pipeline.models.posterior import interpolated_log_variance, posterior, variational_bits
+from derm_pipeline.models.posterior import interpolated_log_variance, posterior, respaced, variational_bits
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x (n, c, h, w), time (n,) in [0, 1000]) -> prediction (n, c, h, w), or (n, 2c, h, w) with a learned variance."""
+
+Scale = float | Tensor
+"""One coefficient for all rows: a number, or a tensor () on their device, which no step has to wait for."""
 
 _LOG_SNR_MIN = -5.1
 """Half log signal-to-noise ratio where sampling starts: a prediction of noise says nothing of x0 below it."""
@@ -37,12 +40,17 @@ class Grid(NamedTuple):
     """(k + 1,), falling to 0."""
 
 
-class _Draw(NamedTuple):
-    """Times of a batch, (n,), with their coefficients, (n, 1, 1, 1) float32."""
+class Draw(NamedTuple):
+    """All that is random in the loss of a batch, float32; every part may be sliced by rows."""
 
     times: Tensor
+    """(n,), in [0, 1000]."""
     alphas: Tensor
+    """(n, 1, 1, 1)."""
     sigmas: Tensor
+    """(n, 1, 1, 1)."""
+    noise: Tensor
+    """(n, c, h, w), standard normal."""
 
 
 class NoiseLaw(BaseModel):
@@ -51,22 +59,35 @@ class NoiseLaw(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def training_loss(self, denoise: Denoise, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Loss of each example (n,), float32, for clean latents (n, c, h, w).
+        """Loss of each example (n,), float32, for clean latents (n, c, h, w): `loss` of a new `draw`."""
+        return self.loss(denoise, latents, self.draw(tuple(latents.shape), generator))
 
-        Times, then noise, are drawn from `generator` on its own device (so that a CPU generator gives every device the
-        same) and nothing else is random here.
+    def draw(self, latents_shape: tuple[int, ...], generator: torch.Generator) -> Draw:
+        """Times, then noise, for latents of this shape (n, c, h, w), from `generator` and on its device.
+
+        A CPU generator gives every device the same; nothing else in a loss is random.
         """
-        draw = self._draw(len(latents), generator)
-        draw = _Draw(*(part.to(latents.device) for part in draw))
-        noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents.device)
-        noised = draw.alphas * latents + draw.sigmas * noise
+        times, alphas, sigmas = self._draw_times(latents_shape[0], generator)
+        noise = torch.randn(latents_shape, generator=generator, device=generator.device)
+        return Draw(times, alphas[:, None, None, None], sigmas[:, None, None, None], noise)
+
+    def loss(self, denoise: Denoise, latents: Tensor, draw: Draw) -> Tensor:
+        """Loss of each example (n,), float32, for clean latents (n, c, h, w) and what was drawn for them.
+
+        The weighted mean square error of the prediction, and the variational term where the variance is learned.
+
+        Raises:
+            ValueError: the variance is to be learned and the network gives none.
+        """
+        draw = Draw(*(part.to(latents.device) for part in draw))
+        noised = draw.alphas * latents + draw.sigmas * draw.noise
         output = denoise(noised, draw.times).float()
-        error = output[:, : latents.shape[1]] - self._target(latents, noise, draw)
+        error = output[:, : latents.shape[1]] - self._target(latents, draw)
         weight = self._weight(draw).flatten()
         return weight * error.square().flatten(1).mean(1) + self._variance_loss(output, latents, noised, draw)
 
     @abstractmethod
-    def split(self, x: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor, prediction: Tensor, alpha: Scale, sigma: Scale) -> tuple[Tensor, Tensor]:
         """The clean latents and the noise (each n, c, h, w) that a prediction says x is made of."""
 
     @abstractmethod
@@ -78,15 +99,16 @@ class NoiseLaw(BaseModel):
         """A parameter u of the way from clean to noise in which it is smooth: u, d alpha / du and d sigma / du."""
 
     @abstractmethod
-    def _draw(self, num: int, generator: torch.Generator) -> _Draw: ...
+    def _draw_times(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Times with their alphas and sigmas, (num,) float32 each."""
 
     @abstractmethod
-    def _target(self, latents: Tensor, noise: Tensor, draw: _Draw) -> Tensor: ...
+    def _target(self, latents: Tensor, draw: Draw) -> Tensor: ...
 
-    def _weight(self, draw: _Draw) -> Tensor:
+    def _weight(self, draw: Draw) -> Tensor:
         return torch.ones_like(draw.alphas)
 
-    def _variance_loss(self, output: Tensor, latents: Tensor, noised: Tensor, draw: _Draw) -> Tensor:
+    def _variance_loss(self, output: Tensor, latents: Tensor, noised: Tensor, draw: Draw) -> Tensor:
         return torch.zeros(len(latents), device=latents.device)
 
 
@@ -101,7 +123,7 @@ class RectifiedFlow(NoiseLaw):
     logit_std: float = Field(default=1.0, gt=0)
     """Deviation of the logit of the time."""
 
-    def split(self, x: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor, prediction: Tensor, alpha: Scale, sigma: Scale) -> tuple[Tensor, Tensor]:
         return x - sigma * prediction, x + alpha * prediction
 
     def grid(self, num_steps: int) -> Grid:
@@ -111,17 +133,16 @@ class RectifiedFlow(NoiseLaw):
     def path(self, alpha: float, sigma: float) -> tuple[float, float, float]:
         return sigma, -1.0, 1.0
 
-    def _draw(self, num: int, generator: torch.Generator) -> _Draw:
+    def _draw_times(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         if self.time_law == "uniform":
             sigmas = torch.rand(num, generator=generator, device=generator.device)
         else:
             logits = torch.randn(num, generator=generator, device=generator.device)
             sigmas = torch.sigmoid(self.logit_mean + self.logit_std * logits)
-        column = sigmas[:, None, None, None]
-        return _Draw(1000 * sigmas, 1 - column, column)
+        return 1000 * sigmas, 1 - sigmas, sigmas
 
-    def _target(self, latents: Tensor, noise: Tensor, draw: _Draw) -> Tensor:
-        return noise - latents
+    def _target(self, latents: Tensor, draw: Draw) -> Tensor:
+        return draw.noise - latents
 
 
 class DDPM(NoiseLaw):
@@ -147,7 +168,7 @@ class DDPM(NoiseLaw):
         """alpha^2 of every step, float64 (num_steps,)."""
         return _alphas_cumprod(self.schedule, self.num_steps, self.beta_start, self.beta_end)
 
-    def split(self, x: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+    def split(self, x: Tensor, prediction: Tensor, alpha: Scale, sigma: Scale) -> tuple[Tensor, Tensor]:
         if self.prediction == "epsilon":
             return (x - sigma * prediction) / alpha, prediction
         return alpha * x - sigma * prediction, sigma * x + alpha * prediction
@@ -165,38 +186,45 @@ class DDPM(NoiseLaw):
     def path(self, alpha: float, sigma: float) -> tuple[float, float, float]:
         return math.atan2(sigma, alpha), -sigma, alpha
 
+    def spaced(self, spacing: str) -> Grid:
+        """Where a sampler evaluates that keeps to the law's own steps, respaced as in ADM; see `posterior.respaced`."""
+        retained = torch.tensor(respaced(self.num_steps, spacing)[::-1])
+        kept = torch.cat([self.alphas_cumprod()[retained], torch.ones(1, dtype=torch.float64)])
+        return Grid(self.times(retained.double()), kept.sqrt(), (1 - kept).sqrt())
+
     def times(self, steps: Tensor) -> Tensor:
         """The times in [0, 1000] of steps in [0, `num_steps`)."""
         return steps * (1000 / self.num_steps)
 
+    def _tables(self, device: torch.device) -> _Tables:
+        return _tables(self.schedule, self.num_steps, self.beta_start, self.beta_end, device)
+
     def _steps(self, times: Tensor) -> Tensor:
         return (times * (self.num_steps / 1000)).round().long()
 
-    def _draw(self, num: int, generator: torch.Generator) -> _Draw:
+    def _draw_times(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         steps = torch.randint(self.num_steps, (num,), generator=generator, device=generator.device)
-        kept = self.alphas_cumprod().to(steps.device)[steps][:, None, None, None]
-        return _Draw(self.times(steps.float()), kept.sqrt().float(), (1 - kept).sqrt().float())
+        tables = self._tables(steps.device)
+        return self.times(steps.float()), tables.alphas[steps], tables.sigmas[steps]
 
-    def _target(self, latents: Tensor, noise: Tensor, draw: _Draw) -> Tensor:
-        return noise if self.prediction == "epsilon" else draw.alphas * noise - draw.sigmas * latents
+    def _target(self, latents: Tensor, draw: Draw) -> Tensor:
+        return draw.noise if self.prediction == "epsilon" else draw.alphas * draw.noise - draw.sigmas * latents
 
-    def _weight(self, draw: _Draw) -> Tensor:
+    def _weight(self, draw: Draw) -> Tensor:
         if self.min_snr_gamma is None:
             return torch.ones_like(draw.alphas)
         ratio = (draw.alphas / draw.sigmas).square()
         unit = ratio if self.prediction == "epsilon" else ratio + 1  # what turns this error into the error of x0
         return ratio.clamp_max(self.min_snr_gamma) / unit
 
-    def _variance_loss(self, output: Tensor, latents: Tensor, noised: Tensor, draw: _Draw) -> Tensor:
+    def _variance_loss(self, output: Tensor, latents: Tensor, noised: Tensor, draw: Draw) -> Tensor:
         """The variational term, which trains the variance only: the predicted mean is held fixed."""
         if not self.learned_variance:
             return super()._variance_loss(output, latents, noised, draw)
         prediction, variance = halves(output, latents.shape[1])
         steps = self._steps(draw.times)
-        tables = (
-            table.to(steps.device)[steps][:, None, None, None].float() for table in posterior(self.alphas_cumprod())
-        )
-        mean_clean, mean_noised, _, log_variance, log_beta = tables
+        tables = (table[steps][:, None, None, None] for table in self._tables(steps.device))
+        _, _, mean_clean, mean_noised, log_variance, log_beta = tables
         if self.prediction == "epsilon":
             guess = (noised - draw.sigmas * prediction.detach()) / draw.alphas
         else:
@@ -224,6 +252,27 @@ def _alphas_cumprod(schedule: str, num_steps: int, beta_start: float, beta_end: 
         curve = torch.cos(phases * math.pi / 2).square()
         betas = (1 - curve[1:] / curve[:-1]).clamp_max(0.999)
     return torch.cumprod(1 - betas, dim=0)
+
+
+class _Tables(NamedTuple):
+    """What a loss looks up by step, float32 (num_steps,) each, on one device."""
+
+    alphas: Tensor
+    sigmas: Tensor
+    mean_clean: Tensor
+    mean_noised: Tensor
+    log_variance: Tensor
+    log_beta: Tensor
+
+
+@lru_cache(maxsize=16)
+def _tables(schedule: str, num_steps: int, beta_start: float, beta_end: float, device: torch.device) -> _Tables:
+    """Kept, so that no training step computes them or waits for their copy to the device."""
+    with torch.inference_mode(False):  # first used in a validation, they must serve a training
+        kept = _alphas_cumprod(schedule, num_steps, beta_start, beta_end)
+        step = posterior(kept)
+        tables = (kept.sqrt(), (1 - kept).sqrt(), step.mean_clean, step.mean_noised, step.log_variance, step.log_beta)
+        return _Tables(*(table.float().to(device) for table in tables))
 
 
 def halves(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:

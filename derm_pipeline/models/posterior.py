@@ -19,7 +19,7 @@ class Posterior(NamedTuple):
     mean_noised: Tensor
     variance: Tensor
     log_variance: Tensor
-    """That of step 0, which is 0, is replaced by that of step 1."""
+    """That of step 0, which is 0, is replaced by that of step 1; by the upper bound where there is no step 1."""
     log_beta: Tensor
     """The upper bound of the log-variance."""
 
@@ -30,11 +30,12 @@ def posterior(alphas_cumprod: Tensor) -> Posterior:
     alphas = alphas_cumprod / before
     betas = 1 - alphas
     variance = betas * (1 - before) / (1 - alphas_cumprod)
+    second = variance[1:2] if len(variance) > 1 else betas
     return Posterior(
         mean_clean=betas * before.sqrt() / (1 - alphas_cumprod),
         mean_noised=(1 - before) * alphas.sqrt() / (1 - alphas_cumprod),
         variance=variance,
-        log_variance=torch.cat([variance[1:2], variance[1:]]).log(),
+        log_variance=torch.cat([second, variance[1:]]).log(),
         log_beta=betas.log(),
     )
 
