@@ -1,28 +1,66 @@
 """A generator: the network that a recipe trains, with all that is needed to sample from it, as files.
 
-`generator.json` (networks' shapes, law, latent statistics) beside `weights.safetensors` and `ema.safetensors`.
+`generator.json` (networks' shapes, law, latent statistics) beside `weights.safetensors` and `ema.safetensors`. Its
+autoencoder is files, too: `autoencoder.json` with weights, or with a reference to a pretrained one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, TypeAdapter
 from torch import Tensor
 
 from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig
 from derm_pipeline.models.diffusion import Law
 from derm_pipeline.models.dit import DiT, DiTConfig
+from derm_pipeline.models.pretrained_vae import (
+    PretrainedVae,
+    PretrainedVaeConfig,
+    PretrainedVaeReference,
+    load_pretrained_vae,
+    load_reference,
+)
 from derm_pipeline.models.runtime import load_weights, save_weights
+from derm_pipeline.models.unet import UNet, UNetConfig
 from derm_pipeline.records import SkinType
 from derm_pipeline.store import write_json
 
 Classes = Mapping[str, tuple[str, ...]]
 """Every condition that a generator is told, and its classes in order; the null class follows them."""
+
+
+def _kind_or(default: str) -> Discriminator:
+    """Tells union members apart by `kind`; files of before there were several have none."""
+
+    def kind_of(value: Any) -> Any:
+        return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)
+
+    return Discriminator(kind_of)
+
+
+NetworkConfig = Annotated[Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConfig, Tag("unet")], _kind_or("dit")]
+"""Shape of a network, told apart by `kind`."""
+Network = DiT | UNet
+"""What a recipe trains."""
+AutoencoderChoice = Annotated[
+    Annotated[AutoencoderConfig, Tag("trained")] | Annotated[PretrainedVaeConfig, Tag("pretrained")],
+    _kind_or("trained"),
+]
+"""Settings of an autoencoder, told apart by `kind`: trained here, or a pretrained one."""
+AnyAutoencoder = Autoencoder | PretrainedVae
+"""Whatever makes latents of images and images of latents."""
+
+_SAVED_AUTOENCODER: TypeAdapter[AutoencoderConfig | PretrainedVaeReference] = TypeAdapter(
+    Annotated[
+        Annotated[AutoencoderConfig, Tag("trained")] | Annotated[PretrainedVaeReference, Tag("pretrained")],
+        _kind_or("trained"),
+    ]
+)
+_ADVERSARY = "adversary."
 
 SKIN_TYPES = tuple(str(skin_type.value) for skin_type in SkinType)
 
@@ -32,7 +70,7 @@ class GeneratorSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    network: DiTConfig
+    network: NetworkConfig
     law: Law
     classes: dict[str, tuple[str, ...]]
     """Of each condition of the network; the diagnoses are those of the training set."""
@@ -75,23 +113,49 @@ def class_index(classes: Classes, condition: str, value: str | int | None) -> in
     return known.index(str(value))
 
 
-def load_network(folder: Path, device: torch.device, *, averaged: bool = True) -> tuple[GeneratorSpec, DiT]:
+def build_network(config: DiTConfig | UNetConfig) -> Network:
+    """A fresh network of this shape."""
+    return UNet(config) if isinstance(config, UNetConfig) else DiT(config)
+
+
+def load_network(folder: Path, device: torch.device, *, averaged: bool = True) -> tuple[GeneratorSpec, Network]:
     """The generator in this folder, ready to sample: its averaged weights where it has them."""
     spec = GeneratorSpec.load(folder)
-    network = DiT(spec.network)
+    network = build_network(spec.network)
     path = folder / ("ema.safetensors" if averaged and (folder / "ema.safetensors").exists() else "weights.safetensors")
     network.load_state_dict(load_weights(path))
     return spec, network.to(device).eval()
 
 
-def save_autoencoder(model: Autoencoder, folder: Path) -> None:
-    """Write `autoencoder.json` and `weights.safetensors`."""
+def save_autoencoder(model: AnyAutoencoder, folder: Path) -> None:
+    """Write `autoencoder.json` and, of one that was trained here, `weights.safetensors`; without its adversary.
+
+    Of a pretrained one only the reference is written: where it lies, and the digests of its files.
+    """
     write_json(folder / "autoencoder.json", model.config.model_dump(mode="json"))
-    save_weights(folder / "weights.safetensors", model.state_dict())
+    if isinstance(model, Autoencoder):
+        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_ADVERSARY)}
+        save_weights(folder / "weights.safetensors", state)
 
 
-def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
-    """The autoencoder that `save_autoencoder` wrote, ready to encode and decode."""
-    model = Autoencoder(AutoencoderConfig.model_validate(json.loads((folder / "autoencoder.json").read_text())))
+def load_autoencoder(folder: Path, device: torch.device) -> AnyAutoencoder:
+    """The autoencoder that `save_autoencoder` wrote, ready to encode and decode.
+
+    Raises:
+        FileNotFoundError: it is a pretrained one that no longer lies where it was.
+        ValueError: it is a pretrained one whose files have changed since.
+    """
+    config = _SAVED_AUTOENCODER.validate_json((folder / "autoencoder.json").read_text())
+    if isinstance(config, PretrainedVaeReference):
+        return load_reference(config, device)
+    model = Autoencoder(config)
+    model.adversary = None
     model.load_state_dict(load_weights(folder / "weights.safetensors"))
     return model.to(device).eval()
+
+
+def obtain_autoencoder(config: AutoencoderConfig | PretrainedVaeConfig, device: torch.device) -> AnyAutoencoder:
+    """A fresh autoencoder to be trained, or the pretrained one, on this device."""
+    if isinstance(config, PretrainedVaeConfig):
+        return load_pretrained_vae(config, device)
+    return Autoencoder(config).to(device)
