@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from derm_pipeline.models.conditions import TEXT, TEXT_MASK
 from derm_pipeline.models.laws import Denoise
 
 
@@ -49,6 +50,7 @@ def guided(
     guidance: float,
     *,
     guided_channels: int | None = None,
+    guided_by: Collection[str] | None = None,
     interval: tuple[float, float] | None = None,
 ) -> Guided:
     """`denoise(x, time)` of a network told `conditions`, with classifier-free guidance (arXiv 2207.12598).
@@ -59,12 +61,14 @@ def guided(
         guidance: 1 is none and costs one evaluation a row; above 1 exaggerates the conditions and costs two.
         guided_channels: Guide only the first so many channels, and take the others as conditioned: 3 is what the
             public DiT samplers do. None guides all channels of x.
+        guided_by: Guide by these conditions only, away from their nulls: the others are told on both sides. None is
+            all.
         interval: Guide only at noise levels sigma / alpha from the first to the second, both within; outside, a row
             costs one evaluation (Kynkäänniemi et al. 2024, arXiv 2404.07724, whose sigma is this ratio). The level is
             0 where clean and infinite where pure noise; a flow's time t has level t / (1000 - t). None is all levels.
 
     Raises:
-        ValueError: an interval that holds no level; fewer guided channels than 1; guidance of no condition.
+        ValueError: an interval that holds no level; no guided channel; guidance by no or an unknown condition.
     """
     if interval is not None and not 0 <= interval[0] < interval[1]:
         raise ValueError(f"guidance interval {interval} holds no noise level; give 0 <= low < high (sigma / alpha)")
@@ -76,11 +80,7 @@ def guided(
 
     if guidance == 1:
         return Guided(told, told)
-    if not conditions:
-        raise ValueError(f"guidance {guidance} needs a condition to guide by; use 1 for a network that is told none")
-    num = len(next(iter(conditions.values())))
-    null = model.null_conditions(num)
-    both = {name: torch.cat([classes, null[name].to(classes.device)]) for name, classes in conditions.items()}
+    both = _told_and_untold(model, conditions, set(conditions if guided_by is None else guided_by))
 
     def mixed(x: Tensor, time: Tensor) -> Tensor:
         told, untold = model(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
@@ -89,3 +89,17 @@ def guided(
         return torch.cat([mix, told[:, count:]], dim=1)
 
     return Guided(told, mixed, interval)
+
+
+def _told_and_untold(
+    model: Conditional, conditions: Mapping[str, Tensor], guided_by: Collection[str]
+) -> dict[str, Tensor]:
+    """The conditions of the rows of x, then those of the same rows with the null of what they are guided by."""
+    if not guided_by or not conditions.keys() >= set(guided_by):
+        raise ValueError(f"cannot guide by {sorted(guided_by)}; the network is told {sorted(conditions)}: name some")
+    null = model.null_conditions(len(next(iter(conditions.values()))))
+    nulled = {*guided_by, *([TEXT_MASK] if TEXT in guided_by else [])}
+    return {
+        name: torch.cat([told, null[name].to(told.device) if name in nulled else told])
+        for name, told in conditions.items()
+    }

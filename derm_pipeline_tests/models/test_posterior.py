@@ -82,3 +82,9 @@ def test_variational_bits_are_the_divergence_or_the_likelihood():
     is_first = torch.tensor([True, False])
     bits = variational_bits(clean, true_mean, true_log_variance, mean, log_variance, is_first)
     torch.testing.assert_close(bits, torch.where(is_first, -likelihood, divergence) / math.log(2), rtol=1e-4, atol=1e-5)
+
+
+def test_a_law_respaced_to_one_step_has_the_upper_bound_for_its_variance():
+    tables = posterior(LINEAR[[999]])
+    assert float(tables.log_variance[0]) == float(tables.log_beta[0]) == pytest.approx(math.log(1 - 4.03582977e-05))
+    assert (float(tables.mean_clean[0]), float(tables.mean_noised[0])) == (1, 0)
