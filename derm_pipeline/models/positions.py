@@ -34,8 +34,8 @@ def position_table(width: int, side: int) -> Tensor:
 def rotation_table(head_size: int, side: int, *, first_column: int = 0, first_row: int = 0) -> Tensor:
     """Cosines and sines (2, side * side, head_size / 2), float32, that `rotate` turns the features of each cell by.
 
-    Axial rotary positions (RoFormer, arXiv 2104.09864; on two axes as in arXiv 2403.13298): a quarter of the features
-    are pairs turned by the column, a quarter pairs turned by the row, each at frequencies 10000^(-4 i / head_size).
+    Axial rotary positions (RoFormer, arXiv 2104.09864; on two axes as in arXiv 2403.13298): half of the features are
+    pairs turned by the column and half pairs turned by the row, at frequencies 10000^(-4 i / head_size).
 
     Args:
         head_size: Features of a head, a multiple of 4.

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -213,16 +214,31 @@ def test_the_condition_tables_start_with_the_deviation_asked_for():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latent_size": 9}, "latent_size 9"),
-        ({"heads": 3}, "heads 3"),
-        ({"conditions": {}}, "conditions"),
+        ({"latent_size": 9}, "latent_size 9 .* take latent_size 8 or 10, or patch 1 or 3 or 9"),
+        ({"patch": 3}, "patch 3: take latent_size 6 or 9, or patch 1 or 2 or 4 or 8"),
+        ({"heads": 3}, "heads 3: take width 24 or 36, or heads .*16 or 32"),
+        ({"width": 30}, "width 30 is not a multiple of 4 .* take width 28 or 32$"),
+        ({"positions": "rotary", "heads": 16}, "width 32 / heads 16 = 2: take heads 1 or 2 or 4 or 8"),
+        ({"mlp_ratio": 0.001}, "mlp_ratio"),
+        ({"conditions": {}}, "conditions are empty"),
         ({"conditions": {"skin.type": 6}}, "skin.type"),
+        ({"conditions": {"sex": 0}}, "'sex' with 0 classes"),
+        ({"conditions": {"text": 6}}, "'text'.*rename"),
+        ({"conditions": {"diagnosis": 7, "items": 6}}, "'items'.*rename"),
+        ({"text_tokens": 7}, "text_tokens 7 with text_width 0"),
+        ({"text_mode": "cross"}, "set text_tokens and text_width"),
         ({"depht": 3}, "depht"),
     ],
 )
-def test_a_shape_that_does_not_fit_is_refused_by_name(change, message):
-    with pytest.raises(ValidationError, match=message):
+def test_a_shape_that_does_not_fit_is_refused_with_what_would(change, message):
+    with pytest.raises(ValidationError) as caught:
         DiTConfig.model_validate(TINY.model_dump() | change)
+    assert any(re.search(message, f"{error['loc']} {error['msg']}") for error in caught.value.errors())
+
+
+def test_what_is_advised_instead_fits():
+    for change in ({"latent_size": 10}, {"patch": 8}, {"width": 36, "heads": 3}, {"positions": "rotary", "heads": 8}):
+        DiT(DiTConfig.model_validate(TINY.model_dump() | change))
 
 
 def test_missing_conditions_are_refused_by_name():
