@@ -93,7 +93,9 @@ class PretrainedVae(nn.Module):
 
     def __init__(self, network: nn.Module, config: PretrainedVaeReference, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network: Any = network.to(dtype).requires_grad_(requires_grad=False)
+        for part in network.children():  # diffusers warns of a cast of the whole
+            part.to(dtype)
+        self.network: Any = network.requires_grad_(requires_grad=False)
         self.config = config
         self.dtype = dtype
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -19,7 +22,9 @@ _CLASS = "AutoencoderKL"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_TIMEOUT_S = 10
-_LDM_PREFIXES = ("first_stage_model.", "vae.", "")
+_PREFIXES = ("", "first_stage_model.", "vae.")
+"""Of an autoencoder's names: alone, or within a whole Stable Diffusion."""
+_ORIGINAL_NAME = "encoder.down.0.block.0.conv2.weight"
 
 
 class Wanted(Protocol):
@@ -172,79 +177,87 @@ def read_network(files: VaeFiles) -> tuple[Any, bool]:
     Raises:
         ValueError: another class, other channels, weights that are missing, broken or not finite.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
 
     if files.config is not None and _class_of(files.config) != _CLASS:
         raise ValueError(
             f"{files.config} describes {_class_of(files.config) or 'no model of diffusers'}; an {_CLASS} is needed"
         )
     try:
-        is_named = files.weights.name == WEIGHTS_FILE and files.config is not None
-        network = _from_folder(files) if is_named else _from_single_file(files)
+        with safe_open(files.weights, framework="pt"):
+            pass
     except SafetensorError as error:
         raise ValueError(f"the weights {files.weights} are broken ({error}); get them again") from error
+    is_named = files.weights.name == WEIGHTS_FILE and files.config is not None
+    network, missing = _from_folder(files) if is_named else _from_single_file(files)
+    if missing:
+        raise ValueError(f"{files.weights} is not complete: missing are {_some(missing)}")
     _check(network, files)
     return network, files.config is not None
 
 
-def _from_folder(files: VaeFiles) -> Any:
+def _from_folder(files: VaeFiles) -> tuple[Any, list[str]]:
+    """The network, and the names of its tensors that are not there."""
     from diffusers import AutoencoderKL
 
     network, info = AutoencoderKL.from_pretrained(
         str(files.weights.parent), use_safetensors=True, local_files_only=True, output_loading_info=True
     )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            raise ValueError(
-                f"{files.weights} does not fit {files.config}: {what.replace('_keys', '')} are "
-                f"{_some(sorted(map(str, info[what])))}"
-            )
-    return network
+    if info["unexpected_keys"]:
+        raise ValueError(
+            f"{files.config} is not that of {files.weights}, which also holds {_some(sorted(info['unexpected_keys']))}"
+        )
+    return network, sorted(info["missing_keys"])
 
 
-def _from_single_file(files: VaeFiles) -> Any:
-    """By diffusers' own reader of original files; it takes the shape from a folder with a config.json."""
+def _from_single_file(files: VaeFiles) -> tuple[Any, list[str]]:
+    """As `_from_folder`, of a file in diffusers' names or in the original ones, alone or within a whole model's."""
     from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    from safetensors import safe_open
 
-    shape = json.loads(files.config.read_text()) if files.config else _shape_of_original(files.weights)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIG_FILE).write_text(json.dumps(shape))
-        return AutoencoderKL.from_single_file(str(files.weights), config=folder, local_files_only=True)
+    with safe_open(files.weights, framework="pt") as handle:
+        names = list(handle.keys())
+        prefix = next((prefix for prefix in _PREFIXES if f"{prefix}encoder.conv_in.weight" in names), "")
+        state = {name[len(prefix) :]: handle.get_tensor(name) for name in names if name.startswith(prefix)}
+    shape = json.loads(files.config.read_text()) if files.config else _shape_of_original(state, files)
+    if _ORIGINAL_NAME in state:
+        state = convert_ldm_vae_checkpoint(state, shape)
+    network: Any = AutoencoderKL.from_config(shape)
+    try:
+        missing, _ = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # sizes that differ
+        raise ValueError(f"{files.weights} does not fit its configuration: {error}") from error
+    return network.eval(), sorted(missing)
 
 
-def _shape_of_original(path: Path) -> dict[str, Any]:
+def _shape_of_original(state: Mapping[str, Tensor], files: VaeFiles) -> dict[str, Any]:
     """The shape of an autoencoder in the original (CompVis) names, from its tensors' sizes.
 
     Raises:
         ValueError: the names are others.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as handle:
-        sizes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 - not a dict
-    prefix = next((prefix for prefix in _LDM_PREFIXES if f"{prefix}encoder.down.0.block.0.conv2.weight" in sizes), None)
-    if prefix is None:
+    if _ORIGINAL_NAME not in state or "decoder.conv_in.weight" not in state:
         raise ValueError(
-            f"{path} has neither a config.json of an {_CLASS} beside it nor the original names of one; it holds "
-            f"{_some(sorted(sizes))}"
+            f"{files.weights} has neither a config.json of an {_CLASS} beside it nor the original names of one; it "
+            f"holds {_some(sorted(state))}"
         )
 
     def count(pattern: str) -> int:
-        return sum(1 for name in sizes if re.fullmatch(re.escape(prefix) + pattern, name))
+        return sum(1 for name in state if re.fullmatch(pattern, name))
 
     num_levels = count(r"encoder\.down\.\d+\.block\.0\.conv2\.weight")
-    widths = [sizes[f"{prefix}encoder.down.{level}.block.0.conv2.weight"][0] for level in range(num_levels)]
     return {
         "_class_name": _CLASS,
-        "block_out_channels": widths,
+        "block_out_channels": [len(state[f"encoder.down.{i}.block.0.conv2.weight"]) for i in range(num_levels)],
         "down_block_types": ["DownEncoderBlock2D"] * num_levels,
         "up_block_types": ["UpDecoderBlock2D"] * num_levels,
         "layers_per_block": count(r"encoder\.down\.0\.block\.\d+\.conv2\.weight"),
-        "latent_channels": sizes[f"{prefix}decoder.conv_in.weight"][1],
+        "latent_channels": state["decoder.conv_in.weight"].shape[1],
         "norm_num_groups": 32,  # of every published one; no tensor tells it
-        "use_quant_conv": f"{prefix}quant_conv.weight" in sizes,
-        "use_post_quant_conv": f"{prefix}post_quant_conv.weight" in sizes,
-        "mid_block_add_attention": f"{prefix}encoder.mid.attn_1.q.weight" in sizes,
+        "use_quant_conv": "quant_conv.weight" in state,
+        "use_post_quant_conv": "post_quant_conv.weight" in state,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state,
     }
 
 
@@ -254,11 +267,7 @@ def _check(network: Any, files: VaeFiles) -> None:
             f"{files.where} takes {network.config.in_channels} and gives {network.config.out_channels} channels; an "
             "autoencoder of RGB images is needed"
         )
-    tensors = dict(network.named_parameters())
-    missing = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if missing:
-        raise ValueError(f"{files.weights} is not complete: missing are {_some(missing)}")
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in network.named_parameters() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"{files.weights} holds values that are not finite, in {_some(broken)}; get it again")
 
