@@ -1,0 +1,128 @@
+"""The command that draws samples from a recipe's generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from derm_pipeline.cli.shared import UserError, progress_bars, with_workspace
+from derm_pipeline.defs.workspace import Workspace
+from derm_pipeline.records import Diagnosis, SkinType
+
+if TYPE_CHECKING:
+    from derm_pipeline.generation import OutputFormat, SampleRequest, SamplingConfig
+    from derm_pipeline.models.generator import GeneratorSpec
+
+_FORMATS = ("png", "webp", "jpeg", "parquet", "npz", "grid")
+_SOLVERS = ("dpm2m", "unipc", "euler", "ddim", "heun", "ddpm")
+
+
+@click.command()
+@click.option("--recipe", required=True, help="Whose generator: one that `derm run` has materialised.")
+@click.option("--diagnosis", "diagnoses", multiple=True, help="Code or words: mel, melanoma. Again for more. [all]")
+@click.option("--skin-type", "skin_types", type=click.IntRange(1, 6), multiple=True, help="1 to 6; again for more.")
+@click.option("--tell", multiple=True, metavar="NAME=VALUE", help="Another condition of the generator: sex=female.")
+@click.option("--count", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="Images of each.")
+@click.option("--seed", type=int, help="Same seed, same images.  [default: the recipe's]")
+@click.option("--guidance", type=click.FloatRange(min=0), help="Above 1 exaggerates.  [default: the recipe's]")
+@click.option("--steps", type=click.IntRange(min=1), help="Evaluations an image.  [default: the recipe's]")
+@click.option("--solver", type=click.Choice(_SOLVERS), help="The sampler.  [default: the recipe's]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images drawn at once.  [default: the recipe's]")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the networks first: pays for thousands on a GPU.")
+@click.option("--format", "output", type=click.Choice(_FORMATS), default="png", show_default=True)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder.  [default: <data>/samples/<recipe>/...]"
+)
+@with_workspace
+def generate(
+    workspace: Workspace,
+    recipe: str,
+    diagnoses: tuple[str, ...],
+    skin_types: tuple[int, ...],
+    tell: tuple[str, ...],
+    count: int,
+    output: OutputFormat,
+    out: Path | None,
+    **settings: Any,
+) -> None:
+    r"""Draw images from a recipe's generator into a folder, each with its provenance.
+
+    Interrupted, the same command goes on where it was; run twice at once, the two share the work.
+
+    \b
+    derm generate --recipe quickstart --diagnosis melanoma --skin-type 5 --count 50
+    derm generate --recipe quickstart --count 8 --format grid      a row a diagnosis, a column a seed
+    derm generate --recipe quickstart --count 1000 --format npz    arr_0 for ADM's evaluator
+    """
+    from derm_pipeline.generation import check_requests, generate_folder, name_of, request_of
+    from derm_pipeline.models.generator import GeneratorSpec
+
+    config = _config(workspace, recipe, settings)
+    made = {asset: workspace.store.current(asset, recipe) for asset in ("generator", "autoencoder")}
+    spec = GeneratorSpec.load(made["generator"].directory)
+    is_grid = output == "grid"
+    requests = _requests(spec, diagnoses, skin_types, tell, count, config, same_noise=is_grid)
+    check_requests(requests, spec)
+    request = request_of(requests, config, output, recipe=recipe, **made)
+    folder = (out or workspace.data / "samples" / recipe / name_of(request)).resolve()
+    with progress_bars() as show:
+        is_new = generate_folder(
+            folder,
+            requests,
+            config,
+            output,
+            recipe=recipe,
+            **made,
+            licences=_licences(workspace, recipe),
+            columns=count * max(1, len(set(skin_types))),
+            on_progress=lambda done, total: show("samples", done, total, ""),
+        )
+    click.echo(f"{len(requests):,} images ({output}){'' if is_new else ', there already'}: {folder}")
+
+
+def _config(workspace: Workspace, recipe: str, settings: dict[str, Any]) -> SamplingConfig:
+    """The recipe's own settings, but for what the command says."""
+    names = {"steps": "num_steps", "compiled": "compile"}
+    said = {names.get(name, name): value for name, value in settings.items() if value is not None}
+    recipes_own = workspace.recipe(recipe).synthetic_dataset
+    return type(recipes_own).model_validate(recipes_own.model_dump() | said)
+
+
+def _licences(workspace: Workspace, recipe: str) -> list[str]:
+    sources = [workspace.sources[name] for name in workspace.recipe(recipe).sources]
+    return [f"{source.title}: {source.licence}" for source in sources]
+
+
+def _requests(
+    spec: GeneratorSpec,
+    diagnoses: tuple[str, ...],
+    skin_types: tuple[int, ...],
+    tell: tuple[str, ...],
+    count: int,
+    config: SamplingConfig,
+    *,
+    same_noise: bool,
+) -> list[SampleRequest]:
+    from derm_pipeline.generation import diagnosis_called, requests_of_cells
+
+    known = [Diagnosis(value) for value in spec.classes["diagnosis"]]
+    asked = dict.fromkeys(diagnosis_called(words, known) for words in diagnoses)
+    return requests_of_cells(
+        list(asked) or known,
+        [SkinType(value) for value in dict.fromkeys(skin_types)] or [None],
+        count,
+        config.seed,
+        further=_further(tell),
+        same_noise=same_noise,
+    )
+
+
+def _further(tell: tuple[str, ...]) -> dict[str, str]:
+    pairs = [said.partition("=") for said in tell]
+    wrong = [name + sign + value for name, sign, value in pairs if not (name and sign and value)]
+    wrong += [f"{name} (it has an option of its own)" for name, _, _ in pairs if name in ("diagnosis", "skin_type")]
+    if wrong:
+        raise UserError(f"--tell {wrong[0]}: say NAME=VALUE, as sex=female")
+    return {name: value for name, _, value in pairs}

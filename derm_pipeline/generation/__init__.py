@@ -1,0 +1,57 @@
+"""Prompts x seeds -> images, with one provenance row each. Sample i depends on its own seed and conditions only.
+
+`plan`: which samples. `drawing`: pixels, batch by batch, resumable. `files`, `arrays`: what is written. `folder`: all
+of it, for `derm generate`.
+"""
+
+from derm_pipeline.generation.arrays import write_grid, write_npz
+from derm_pipeline.generation.drawing import check_requests, draw_batches, draw_samples
+from derm_pipeline.generation.files import (
+    captions_of,
+    dataset_card,
+    encode_sample,
+    encoded,
+    provenance_rows,
+    read_provenance,
+    write_dataset,
+    write_shards,
+)
+from derm_pipeline.generation.folder import OutputFormat, generate_folder, name_of, request_of
+from derm_pipeline.generation.plan import (
+    Cell,
+    ImageFormat,
+    SampleRequest,
+    SamplingConfig,
+    diagnosis_called,
+    plan_samples,
+    requests_of_cells,
+    sample_seed,
+)
+
+__all__ = [
+    "Cell",
+    "ImageFormat",
+    "OutputFormat",
+    "SampleRequest",
+    "SamplingConfig",
+    "captions_of",
+    "check_requests",
+    "dataset_card",
+    "diagnosis_called",
+    "draw_batches",
+    "draw_samples",
+    "encode_sample",
+    "encoded",
+    "generate_folder",
+    "name_of",
+    "plan_samples",
+    "provenance_rows",
+    "read_provenance",
+    "request_of",
+    "requests_of_cells",
+    "sample_seed",
+    "write_dataset",
+    "write_grid",
+    "write_npz",
+    "write_shards",
+]

@@ -1,0 +1,228 @@
+"""Samples as files: images that carry where they came from, metadata, the imagefolder, parquet shards, a card.
+
+PNG tells in text chunks `derm_pipeline:<name>`. JPEG and WebP tell in EXIF: ImageDescription is a JSON object of the
+same names, Software is `derm_pipeline`. Either way a single file that left its folder still tells.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from derm_pipeline.captions.metadata import MetadataCaptionConfig, metadata_captions
+from derm_pipeline.generation.plan import ImageFormat, SampleRequest, SamplingConfig
+from derm_pipeline.images import Pixels
+from derm_pipeline.records import canonical
+from derm_pipeline.sources.base import num_cores
+from derm_pipeline.store import replacing
+
+Row = Mapping[str, Any]
+"""What the metadata says of one sample."""
+
+_SIGNED = "derm_pipeline"
+_ESSENTIALS = ("sample_id", "text", "prompt", "seed", "guidance", "num_steps", "solver", "generator_digest")
+_ENCODED_AT_ONCE = 256
+_DESCRIPTION, _SOFTWARE = 0x010E, 0x0131  # EXIF tags
+
+_SCHEMA = pa.schema(
+    [
+        *[pa.field(name, pa.string()) for name in ("file_name", "text", "sample_id", "recipe", "prompt", "diagnosis")],
+        pa.field("skin_type", pa.int32()),
+        pa.field("seed", pa.int64()),
+        pa.field("guidance", pa.float64()),
+        pa.field("num_steps", pa.int32()),
+        *[pa.field(name, pa.string()) for name in ("solver", "generator_digest", "autoencoder_digest")],
+    ]
+)
+
+_DTYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float64(): "float64"}
+
+
+def captions_of(requests: Sequence[SampleRequest]) -> list[str]:
+    """The caption of every sample: what is known of it, in the words of the metadata captions."""
+    rows = [{"diagnosis": request.diagnosis.value, "skin_type": request.skin_type} for request in requests]
+    return metadata_captions(rows, [None] * len(rows), MetadataCaptionConfig())
+
+
+def provenance_rows(
+    requests: Sequence[SampleRequest],
+    config: SamplingConfig,
+    *,
+    recipe: str,
+    generator_digest: str,
+    autoencoder_digest: str,
+    sample_ids: Callable[[SampleRequest], str] | None = None,
+    file_names: Callable[[SampleRequest], str] | None = None,
+) -> list[dict[str, Any]]:
+    """What is said of every sample in the metadata, in the order of the requests."""
+    return [
+        {
+            "file_name": file_names(request) if file_names else request.file_as(config.image_format),
+            "text": text,
+            "sample_id": sample_ids(request) if sample_ids else f"{recipe}/{request.number:06d}",
+            "recipe": recipe,
+            "prompt": request.prompt,
+            "diagnosis": request.diagnosis.value,
+            "skin_type": request.skin_type.value if request.skin_type else None,
+            "seed": request.seed,
+            "guidance": config.guidance,
+            "num_steps": config.num_steps,
+            "solver": config.solver,
+            "generator_digest": generator_digest,
+            "autoencoder_digest": autoencoder_digest,
+        }
+        for request, text in zip(requests, captions_of(requests), strict=True)
+    ]
+
+
+def metadata_table(rows: Sequence[Row]) -> pa.Table:
+    """The rows of `provenance_rows` as a table."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=_SCHEMA)
+
+
+def write_dataset(
+    requests: Sequence[SampleRequest],
+    images: Pixels,
+    config: SamplingConfig,
+    *,
+    recipe: str,
+    generator_digest: str,
+    autoencoder_digest: str,
+    write_bytes: Callable[[str, bytes], None],
+) -> pa.Table:
+    """Write the images in the imagefolder convention and return the metadata: one provenance row per image.
+
+    Every file carries its own row's essentials, so that a single file that left the folder still tells.
+    """
+    rows = provenance_rows(
+        requests, config, recipe=recipe, generator_digest=generator_digest, autoencoder_digest=autoencoder_digest
+    )
+    for row, content in encoded(images, rows, config.image_format, config.jpeg_quality):
+        write_bytes(row["file_name"], content)
+    return metadata_table(rows)
+
+
+def encoded(
+    images: Iterable[Pixels], rows: Iterable[Row], image_format: ImageFormat = "png", jpeg_quality: int = 95
+) -> Iterator[tuple[Row, bytes]]:
+    """Every row with its sample as a file, in order; encoded on all cores, a few hundred at a time.
+
+    Raises:
+        ValueError: not as many images as rows.
+    """
+
+    def encode(pair: tuple[Pixels, Row]) -> bytes:
+        return encode_sample(*pair, image_format, jpeg_quality)
+
+    pairs = zip(images, rows, strict=True)
+    with ThreadPoolExecutor(num_cores()) as pool:
+        while block := list(islice(pairs, _ENCODED_AT_ONCE)):
+            yield from zip((row for _, row in block), pool.map(encode, block), strict=True)
+
+
+def encode_sample(image: Pixels, row: Row, image_format: ImageFormat = "png", jpeg_quality: int = 95) -> bytes:
+    """An image (h, w, 3) as a file that tells where it came from; png and webp keep every pixel."""
+    told = {name: str(row[name]) for name in _ESSENTIALS}
+    buffer, picture = io.BytesIO(), Image.fromarray(image)
+    if image_format == "png":
+        chunks = PngInfo()
+        for name, value in told.items():
+            chunks.add_text(f"{_SIGNED}:{name}", value)
+        picture.save(buffer, "PNG", pnginfo=chunks)
+        return buffer.getvalue()
+    exif = Image.Exif()
+    exif[_DESCRIPTION], exif[_SOFTWARE] = json.dumps(told), _SIGNED
+    if image_format == "jpeg":
+        picture.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0, exif=exif.tobytes())
+    else:
+        picture.save(buffer, "WEBP", lossless=True, exact=True, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+def read_provenance(path: Path) -> dict[str, str]:
+    """What a sample's file tells of where it came from; nothing if it is no sample of ours."""
+    with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+        if image.format == "PNG":
+            texts: Mapping[str, str] = getattr(image, "text", {})
+            marked = {name: text for name, text in texts.items() if name.startswith(f"{_SIGNED}:")}
+            return {name.removeprefix(f"{_SIGNED}:"): text for name, text in marked.items()}
+        exif = image.getexif()
+    if exif.get(_SOFTWARE) != _SIGNED:
+        return {}
+    told = json.loads(exif[_DESCRIPTION])
+    return {str(name): str(value) for name, value in told.items()}
+
+
+def write_shards(files: Iterable[tuple[Row, bytes]], folder: Path, *, shard_size: int = 500) -> list[Path]:
+    """Write parquet shards of a few hundred samples: the metadata with the image files' bytes in a column `image`.
+
+    The column is what `datasets` writes itself, so `load_dataset("parquet", ...)` gives pictures. One shard is held in
+    memory at a time.
+
+    Args:
+        files: What is said of every sample, with its file's bytes; see `encoded`.
+        folder: Where shards go, `samples-00000.parquet` first.
+        shard_size: Samples of a shard.
+    """
+    schema = _SCHEMA.insert(0, pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
+    features = {field.name: {"dtype": _DTYPES[field.type], "_type": "Value"} for field in _SCHEMA}
+    described = {"info": {"features": {"image": {"_type": "Image"}} | features}}
+    schema = schema.with_metadata({"huggingface": json.dumps(described)})
+    paths: list[Path] = []
+    remaining = iter(files)
+    while shard := list(islice(remaining, shard_size)):
+        filled = [dict(row) | {"image": {"bytes": content, "path": row["file_name"]}} for row, content in shard]
+        paths.append(folder / f"samples-{len(paths):05d}.parquet")
+        with replacing(paths[-1]) as aside:
+            pq.write_table(pa.Table.from_pylist(filled, schema=schema), aside, compression="none", row_group_size=100)
+    return paths
+
+
+def dataset_card(
+    recipe: str,
+    requests: Sequence[SampleRequest],
+    *,
+    licences: Sequence[str],
+    size_px: int,
+    lineage_of: str | None = None,
+) -> str:
+    """The README of a synthetic dataset, with the front matter that dataset hubs read.
+
+    `lineage_of` is what `derm lineage` is asked for; None is the recipe's own dataset.
+    """
+    walked = lineage_of or f"{recipe}/000000"
+    counts = Counter(request.diagnosis for request in requests)
+    table = "\n".join(
+        f"| {diagnosis.phrase} (`{diagnosis.value}`) | {counts[diagnosis]} |" for diagnosis in canonical(counts)
+    )
+    return f"""---
+pretty_name: Synthetic skin lesions ({recipe})
+tags: [synthetic, dermatology]
+task_categories: [image-classification, text-to-image]
+---
+# Synthetic skin lesions: {recipe}
+
+{len(requests)} images of {size_px} x {size_px} px, drawn by a generator, of nobody. Made by `derm_pipeline`, recipe
+`{recipe}`. Each row of `metadata.parquet` says what the generator was told (`prompt`), the sample's seed and settings,
+and the digest of the generator; `derm lineage {walked}` walks from there to the source files.
+
+| diagnosis | images |
+|---|---|
+{table}
+
+Trained on sources under: {"; ".join(licences)}. Use it under terms that all of them allow.
+
+Not for diagnosis, not for training a device without evidence of its benefit: see the recipe's report for who it helps
+and whom it fails.
+"""
