@@ -95,7 +95,7 @@ def answering(handler, body, _):
 
 
 def captioner(url, api_key=None, **settings):
-    usual = {"base_url": url, "model": "tiny", "max_retries": 4, "timeout_s": 5, "batch_size": 4}
+    usual = {"base_url": url, "model": "tiny", "max_retries": 4, "timeout_s": 60, "batch_size": 4}
     return OpenAiCaptioner(OpenAiConfig(**(usual | settings)), api_key=api_key)
 
 

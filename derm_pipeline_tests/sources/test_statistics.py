@@ -72,8 +72,10 @@ def test_the_hash_is_zauners():
     images = noise(20, 32)
     for image, found in zip(images, st.perceptual_hashes(images), strict=True):
         low = dctn(image @ np.array([0.299, 0.587, 0.114]), norm="ortho")[1:9, 1:9].ravel()
-        bits = "".join("1" if value > np.median(low) else "0" for value in low)
-        assert found == int(bits, 2)
+        bits = [found >> place & 1 for place in range(63, -1, -1)]
+        clear = abs(low - np.median(low)) > 1e-3  # grey in float32 may put what is nearer on the other side
+        assert clear.sum() >= 62
+        assert [bit for bit, is_clear in zip(bits, clear, strict=True) if is_clear] == list(low[clear] > np.median(low))
 
 
 def test_every_flat_image_has_the_hash_zero():
