@@ -42,7 +42,8 @@ class AutoencoderConfig(BaseModel):
     frequency_weight: float = Field(default=0.0, ge=0)
     """Weight of the L1 distance between the log-magnitudes of the images' spectra, which keeps fine texture."""
     adversarial_weight: float = Field(default=0.0, ge=0)
-    """Weight of fooling an adversary that is trained along (PatchGAN, hinge loss); 0 is without one."""
+    """Weight of fooling an adversary that is trained along (PatchGAN, hinge loss), which costs time in every step; 0 is
+    without one."""
     adversarial_start: int = Field(default=1000, ge=0)
     """Steps before that term acts; the adversary learns from the first."""
 
