@@ -1,62 +1,68 @@
-"""One loop: optimise, average, checkpoint, resume.
+"""One loop: optimise, average, validate, checkpoint, resume.
 
-The random stream of a step depends on (seed, step) only, so a resumed training equals an uninterrupted one. The loop
-knows nothing of images or noise: it is handed a model and the loss of a step.
+The random choices of a step depend on (seed, step) only and are drawn for the whole batch, on the CPU, whoever takes
+which rows of it: so a resumed training equals an uninterrupted one to the bit, and neither accumulation nor the number
+of processes changes its losses by more than rounding. The loop knows nothing of images or noise: it is handed a model
+and an objective.
+
+Several processes: `accelerate launch script.py` (or torchrun) with a script that calls `train` in every process, on
+the same `work`. The first one writes; all of them resume. What a network draws itself (dropout) and what it computes
+over a batch (batch norm) differ between numbers of processes; objectives draw nothing else.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from derm_pipeline.models.runtime import Precision, autocast
-from derm_pipeline.store import replacing
+from derm_pipeline.images import Pixels
+from derm_pipeline.training.checkpoint import CHECKPOINT, CheckpointError, network_facts, save
+from derm_pipeline.training.config import TrainingConfig, lr_factor, step_seed
+from derm_pipeline.training.curve import Curve, check_tensorboard
+from derm_pipeline.training.draws import Objective
+from derm_pipeline.training.processes import Processes
+from derm_pipeline.training.steps import NonFiniteLossError, Steps
 
-CHECKPOINT = "checkpoint.safetensors"
+__all__ = [
+    "CHECKPOINT",
+    "CheckpointError",
+    "Interrupted",
+    "NonFiniteLossError",
+    "Objective",
+    "OnProgress",
+    "OnSamples",
+    "Trained",
+    "TrainingConfig",
+    "lr_factor",
+    "step_seed",
+    "train",
+]
 
+OnProgress = Callable[[int, int, float], None]
+"""Called now and then with (step, steps, mean loss since the last call)."""
 
-class TrainingConfig(BaseModel):
-    """How a model is optimised."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_steps: int = Field(ge=1)
-    """Optimiser steps."""
-    batch_size: int = Field(ge=1)
-    """Examples a step."""
-    lr: float = Field(gt=0)
-    """AdamW's peak learning rate."""
-    warmup_steps: int = Field(default=50, ge=0)
-    """Steps over which the rate rises linearly."""
-    decay_fraction: float = Field(default=0.5, ge=0, le=1)
-    """Last part of the training over which the rate falls linearly to `final_lr_fraction`."""
-    final_lr_fraction: float = Field(default=0.02, ge=0, le=1)
-    """What is left of the rate at the end."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's weight decay."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's moment decays."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Gradient norm above which gradients are scaled down."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of the moving average of the weights, warmed up as (1 + step) / (10 + step); None for no average."""
-    precision: Precision = "auto"
-    """Arithmetic of the forward pass; weights stay float32. auto: bf16 where the device computes in it."""
-    checkpoint_every_steps: int = Field(default=200, ge=1)
-    """Steps between checkpoints: what an interruption can lose."""
-    seed: int = 0
-    """Seed of the initial weights and of every step's random stream."""
+OnSamples = Callable[[int, nn.Module], Pixels | None]
+"""(steps done, the model in eval mode, holding the first average where there is one) -> a picture (h, w, 3) for
+TensorBoard, or None."""
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradient became NaN or infinite; the last checkpoint holds the weights of an earlier step."""
+class Interrupted(Exception):  # noqa: N818  # as KeyboardInterrupt, no error: what was asked for was done
+    """The training was asked to stop, and its checkpoint holds every step that was done.
+
+    Args:
+        step: steps done.
+        steps: steps in all.
+        path: the checkpoint.
+    """
+
+    def __init__(self, step: int, steps: int, path: Path) -> None:
+        super().__init__(f"stopped after step {step} of {steps}; started again, it goes on from {path}")
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -66,150 +72,116 @@ class Trained:
     losses: list[float]
     """The loss of every step."""
     ema: dict[str, Tensor] | None
-    """Moving average of the weights, by parameter name."""
+    """First moving average of the weights, by parameter name."""
     resumed_from_step: int
     """0 when it ran from the start."""
-
-
-StepLoss = Callable[[int, torch.Generator], Tensor]
-"""(step, the step's own random stream) -> scalar loss."""
+    emas: dict[float, dict[str, Tensor]] = field(default_factory=dict)
+    """Every average, by its decay."""
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    """Steps done and the loss on held-out examples then."""
 
 
 def train(
     model: nn.Module,
-    step_loss: StepLoss,
+    objective: Objective,
     config: TrainingConfig,
     *,
     work: Path,
-    on_progress: Callable[[int, int, float], None] | None = None,
+    validation: Objective | None = None,
+    identity: Mapping[str, object] | None = None,
+    on_progress: OnProgress | None = None,
+    on_samples: OnSamples | None = None,
+    stop_when: Callable[[], bool] | None = None,
+    tensorboard: Path | None = None,
 ) -> Trained:
     """Train `model` in place, resuming from `work` when a checkpoint lies there.
 
     Args:
         model: initialised from `config.seed`, so that a run without a checkpoint starts from the same network.
-        step_loss: the loss of one step; all its randomness comes from the generator that it is given.
+        objective: what is minimised; the loss of a step is the mean over its examples.
         config: budget, optimiser, precision.
-        work: folder of the checkpoint; the caller removes it when the result is safe.
-        on_progress: called now and then with (step, steps, mean loss since the last call).
+        work: folder of the checkpoint and of `curve.jsonl`; the caller removes it when the result is safe.
+        validation: the objective on examples that are never trained on; its draws are the same each time.
+        identity: JSON values that also decide the weights (the network's settings, the law): a checkpoint of others is
+            refused.
+        on_progress: called at every report.
+        on_samples: called every `samples_every_steps`, in the first process; changes nothing of the training.
+        stop_when: looked at after every step; once it is true in any process, the training saves and raises
+            `Interrupted`. For SIGTERM, where a handler may be installed:
+            `with stop_on_signal() as stop_when: train(..., stop_when=stop_when)`. Give it in all processes or in none.
+        tensorboard: folder for event files; needs the extra `tensorboard`.
 
     Raises:
         NonFiniteLossError: before the weights are touched by it.
+        Interrupted: `stop_when` said so.
+        CheckpointError: the checkpoint is damaged or of another training.
+        ValueError: settings that cannot work or do not fit into memory, before any work.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
-    ema = [parameter.detach().clone() for parameter in parameters] if config.ema_decay else None
-    losses: list[float] = []
-    first_step = _resume(work / CHECKPOINT, model, optimizer, parameters, ema, losses)
-    pending: list[Tensor] = []
-    model.train()
-    for step in range(first_step, config.num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(step, config)
-        stream = torch.Generator().manual_seed(step_seed(config.seed, step))
-        with autocast(device, config.precision):
-            loss = step_loss(step, stream)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        is_sound = torch.isfinite(loss.detach()) & torch.isfinite(norm)
-        # AdamW then skips the update on the device, without asking the host; `_collect` raises at the next report.
-        optimizer.found_inf = (~is_sound).float()  # type: ignore[attr-defined]  # torch's GradScaler sets it so, too
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema is not None and config.ema_decay is not None:
-            decay = min(config.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(ema, [parameter.detach() for parameter in parameters], 1 - decay)
-        pending.append(torch.where(is_sound, loss.detach(), torch.nan))
-        done = step + 1
-        saves = done % config.checkpoint_every_steps == 0
-        if saves or done % 50 == 0 or done == config.num_steps:
-            mean = _collect(pending, losses, done)
-            if on_progress:
-                on_progress(done, config.num_steps, mean)
-        if saves and done < config.num_steps:
-            _save(work / CHECKPOINT, model, optimizer, parameters, ema, losses)
+    if tensorboard is not None:
+        check_tensorboard()
+    device = next(model.parameters()).device
+    # the loop seeds torch's global streams for every step; the caller gets them back as they were
+    with Processes(config) as processes, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        steps = Steps(model, objective, validation, config, processes)
+        settings = config.deciding() | {"network": network_facts(model), "identity": dict(identity or {})}
+        first_step = steps.start(work / CHECKPOINT, settings)
+        curve = Curve(work, first_step, config.batch_size, tensorboard) if processes.is_main else None
+        between = _Between(
+            steps, config, processes, curve, work / CHECKPOINT, settings, on_progress, on_samples, stop_when
+        )
+        with steps.compiled(), curve or nullcontext():
+            for done in steps.take(first_step):
+                between.after(done)
     model.eval()
-    return Trained(losses, _named(model, ema), first_step)
+    state = steps.state
+    emas = state.averages.states(model)
+    return Trained(state.losses, next(iter(emas.values()), None), first_step, emas, state.validation)
 
 
-def lr_factor(step: int, config: TrainingConfig) -> float:
-    """Learning rate at `step` as a part of the peak: linear warm-up, plateau, linear decay."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    remaining = 1 - step / config.num_steps
-    fall = min(1.0, remaining / config.decay_fraction) if config.decay_fraction else 1.0
-    return warm * max(config.final_lr_fraction, fall)
+@dataclass(frozen=True)
+class _Between:
+    """What is written, told and asked between two steps."""
 
+    steps: Steps
+    config: TrainingConfig
+    processes: Processes
+    curve: Curve | None
+    """In the first process."""
+    path: Path
+    settings: Mapping[str, object]
+    on_progress: OnProgress | None
+    on_samples: OnSamples | None
+    stop_when: Callable[[], bool] | None
 
-def step_seed(seed: int, step: int) -> int:
-    """A 63-bit seed for one step (splitmix64's mixing, so that neighbours are unrelated)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) & (2**64 - 1)
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (mixed ^ (mixed >> 31)) >> 1
+    def after(self, done: int) -> None:
+        """Report, validate, show samples and save as is due after so many steps; raise where it is to stop."""
+        due = self.steps.due(done, may_sample=self.on_samples is not None)
+        stops = self._stops(done)
+        if due.report or stops:
+            self._report(done, validates=due.validate)
+        if due.samples:
+            self._show(done)
+        if (due.save or stops) and self.processes.is_main:
+            save(self.path, self.steps.state, self.settings)
+        if stops:
+            self.processes.agree(done)  # nobody leaves before the checkpoint is whole
+            raise Interrupted(done, self.config.steps, self.path)
 
+    def _stops(self, done: int) -> bool:
+        return self.stop_when is not None and done < self.config.steps and self.processes.any(self.stop_when())
 
-def _collect(pending: list[Tensor], losses: list[float], done: int) -> float:
-    values = torch.stack(pending).tolist()
-    pending.clear()
-    first_step = done - len(values)
-    for offset, value in enumerate(values):
-        if not math.isfinite(value):
-            last = losses[-1] if losses else None
-            raise NonFiniteLossError(
-                f"the loss or its gradient is not finite at step {first_step + offset} (last finite loss: {last}); "
-                "lower the learning rate"
-            )
-        losses.append(value)
-    return sum(values) / len(values)
+    def _report(self, done: int, *, validates: bool) -> None:
+        mean = self.steps.collect()
+        validation_loss = self.steps.validate(done) if validates else None
+        if self.curve is not None:
+            self.curve.add(done, mean, self.config.lr * lr_factor(done - 1, self.config), validation_loss)
+        if self.on_progress is not None and self.processes.is_main:
+            self.on_progress(done, self.config.steps, mean)
 
-
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    ema: list[Tensor] | None,
-    losses: list[float],
-) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for number, parameter in enumerate(parameters):
-        for name, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{number}.{name}"] = value
-        if ema is not None:
-            tensors[f"ema.{number}"] = ema[number]
-    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as aside:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-
-
-def _resume(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    ema: list[Tensor] | None,
-    losses: list[float],
-) -> int:
-    if not path.is_file():
-        return 0
-    tensors = load_file(path, device=str(parameters[0].device))
-    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    for number, parameter in enumerate(parameters):
-        prefix = f"optimizer.{number}."
-        optimizer.state[parameter] = {
-            name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)
-        }
-        if ema is not None:
-            ema[number].copy_(tensors[f"ema.{number}"])
-    losses.extend(tensors["losses"].tolist())
-    return len(losses)
-
-
-def _named(model: nn.Module, ema: list[Tensor] | None) -> dict[str, Tensor] | None:
-    if ema is None:
-        return None
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return model.state_dict() | dict(zip(names, ema, strict=True))
+    def _show(self, done: int) -> None:
+        if self.on_samples is None or self.curve is None:
+            return
+        with torch.no_grad(), self.steps.lent() as model:
+            picture = self.on_samples(done, model)
+        if picture is not None:
+            self.curve.show(done, picture)

@@ -11,15 +11,30 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from derm_pipeline.images import Pixels
-from derm_pipeline.latents import latent_statistics, orient, to_model_range
-from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_loss
-from derm_pipeline.models.diffusion import Law, RectifiedFlow
-from derm_pipeline.models.dit import DiT, DiTConfig
-from derm_pipeline.models.generator import Classes, GeneratorSpec
-from derm_pipeline.models.runtime import autocast, pick_device
-from derm_pipeline.training.loop import Trained, TrainingConfig, train
+from derm_pipeline.latents import Moments, latent_statistics, orient, to_model_range
+from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_losses
+from derm_pipeline.models.conditions import check_classes, draw_hidden, hide
+from derm_pipeline.models.dit import DiTConfig
+from derm_pipeline.models.generator import Classes, GeneratorSpec, Network, build_network
+from derm_pipeline.models.laws import Draw, Law, RectifiedFlow
+from derm_pipeline.models.reconstruction import psnr_db
+from derm_pipeline.models.runtime import autocast, join_processes
+from derm_pipeline.training.draws import Batch
+from derm_pipeline.training.loop import OnProgress, OnSamples, Trained, TrainingConfig, train
 
-OnProgress = Callable[[int, int, float], None]
+__all__ = [
+    "AutoencoderObjective",
+    "AutoencoderTraining",
+    "GeneratorObjective",
+    "GeneratorTraining",
+    "draw_latents",
+    "example_chances",
+    "latents_of",
+    "psnr_db",
+    "reconstruct",
+    "train_autoencoder",
+    "train_generator",
+]
 
 
 class AutoencoderTraining(BaseModel):
@@ -50,10 +65,12 @@ class GeneratorTraining(BaseModel):
     """Whether queries and keys are normalised."""
     condition_init_std: float = Field(default=1.0, gt=0)
     """Spread of the initial condition embeddings; the reference's 0.02 learns classes too slowly in a short budget."""
-    conditions: tuple[Literal["diagnosis", "skin_type"], ...] = ("diagnosis", "skin_type")
+    conditions: tuple[Literal["diagnosis", "skin_type", "sex", "age_band", "site"], ...] = ("diagnosis", "skin_type")
     """What the generator is told of an image."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Chance that an example's conditions are all hidden, so that guidance has an unconditional prediction."""
+    condition_dropout_each: float = Field(default=0.0, ge=0, lt=1)
+    """Chance that a condition is hidden by itself, besides: for guidance by some conditions only."""
     balance: float = Field(default=1.0, ge=0, le=1)
     """How far the diagnoses are evened out: 0 draws examples as they come, 1 draws every diagnosis equally often."""
     law: Law = RectifiedFlow()
@@ -62,22 +79,65 @@ class GeneratorTraining(BaseModel):
     """Budget and optimiser."""
 
 
+class AutoencoderObjective:
+    """Images in random orientations (one a batch), given back through their latents."""
+
+    def __init__(self, model: Autoencoder, images: Pixels, batch_size: int) -> None:
+        """Of images (n, h, w, 3) uint8, which stay in the host's memory."""
+        if len(images) == 0:
+            raise ValueError("there is no image to train an autoencoder on")
+        self._model, self._pixels, self._batch_size = model, torch.from_numpy(images), batch_size
+
+    def draw(self, step: int, stream: torch.Generator) -> Batch:
+        config, size = self._model.config, self._batch_size
+        chosen = torch.randint(len(self._pixels), (size,), generator=stream)
+        orientation = int(torch.randint(8, (1,), generator=stream).numpy()[0])
+        images = orient(self._pixels[chosen].permute(0, 3, 1, 2), orientation)
+        sides = (side // config.downsampling for side in images.shape[2:])
+        return {
+            "images": images,
+            "noise": torch.randn((size, config.latent_channels, *sides), generator=stream),
+            "adversarial_scale": torch.full((size,), float(step >= config.adversarial_start)),
+        }
+
+    def loss(self, batch: Batch) -> Tensor:
+        images = to_model_range(batch["images"].permute(0, 2, 3, 1))
+        scale = batch["adversarial_scale"]
+        return autoencoder_losses(self._model, images, batch["noise"], adversarial_scale=scale)[0]
+
+
 def train_autoencoder(
-    images: Pixels, config: AutoencoderTraining, *, work: Path, on_progress: OnProgress | None = None
+    images: Pixels,
+    config: AutoencoderTraining,
+    *,
+    work: Path,
+    held_out: Pixels | None = None,
+    on_progress: OnProgress | None = None,
+    on_samples: OnSamples | None = None,
+    stop_when: Callable[[], bool] | None = None,
+    tensorboard: Path | None = None,
 ) -> tuple[Autoencoder, Trained]:
-    """Train on images (n, h, w, 3) uint8, in random orientations."""
-    device = pick_device()
+    """Train on images (n, h, w, 3) uint8, in random orientations.
+
+    `held_out` are images that are never trained on, for a validation loss; see `loop.train` for the rest.
+    """
+    device = join_processes().device
     torch.manual_seed(config.training.seed)
     model = Autoencoder(config.network).to(device)
-    pixels = torch.from_numpy(images).to(device)
-
-    def step_loss(step: int, stream: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(pixels), (config.training.batch_size,), generator=stream)
-        orientation = int(torch.randint(8, (1,), generator=stream))
-        batch = orient(to_model_range(pixels[chosen.to(device)]), orientation)
-        return autoencoder_loss(model, batch, stream)[0]
-
-    return model, train(model, step_loss, config.training, work=work, on_progress=on_progress)
+    size = config.training.batch_size
+    trained = train(
+        model,
+        AutoencoderObjective(model, images, size),
+        config.training,
+        work=work,
+        validation=None if held_out is None else AutoencoderObjective(model, held_out, size),
+        identity={"network": config.network.model_dump(mode="json"), "num_images": len(images)},
+        on_progress=on_progress,
+        on_samples=on_samples,
+        stop_when=stop_when,
+        tensorboard=tensorboard,
+    )
+    return model, trained
 
 
 @torch.no_grad()
@@ -91,79 +151,144 @@ def reconstruct(model: Autoencoder, images: Tensor, *, batch_size: int = 128) ->
     return torch.cat(parts)
 
 
-def psnr_db(a: Tensor, b: Tensor) -> float:
-    """Mean peak signal-to-noise ratio over images (n, 3, h, w) in [-1, +1], in dB."""
-    error = (a - b).square().mean((1, 2, 3)).clamp_min(1e-10)
-    return float((10 * torch.log10(4 / error)).mean())
+class GeneratorObjective:
+    """Noised latents of rows drawn by diagnosis, with what is told of them; the law says what to predict."""
+
+    def __init__(
+        self,
+        model: Network,
+        spec: GeneratorSpec,
+        moments: Tensor | Moments,
+        labels: Mapping[str, Tensor],
+        config: GeneratorTraining,
+    ) -> None:
+        """See `train_generator` for what is given."""
+        check_classes(labels, {name: len(spec.classes[name]) for name in config.conditions})
+        for name in ("diagnosis", *config.conditions):
+            if len(labels[name]) != len(moments):
+                raise ValueError(f"{name} is told of {len(labels[name])} rows, and there are moments of {len(moments)}")
+        device = next(model.parameters()).device
+        self._model, self._spec, self._config = model, spec, config
+        self._moments = moments
+        there = moments.to(device)
+        self._resident = there if isinstance(there, Tensor) else None
+        self._chances = example_chances(labels["diagnosis"], config.balance).cumsum(0)
+        self._labels: dict[str, Tensor] = {name: labels[name].to(device) for name in config.conditions}
+        statistics = torch.tensor([spec.latent_mean, spec.latent_std], dtype=torch.float32)
+        self._mean, self._std = statistics.view(2, 1, -1, 1, 1).to(device)
+
+    def draw(self, step: int, stream: torch.Generator) -> Batch:
+        size = self._config.training.batch_size
+        drawn = torch.rand(size, generator=stream, dtype=torch.float64)
+        rows = torch.searchsorted(self._chances, drawn).clamp_max(len(self._chances) - 1)
+        orientations = torch.randint(self._moments.shape[1], (size,), generator=stream)
+        channels, *sides = self._moments.shape[2:]
+        shape = (size, channels // 2, *sides)
+        batch = {"rows": rows, "orientations": orientations, "latent_noise": torch.randn(shape, generator=stream)}
+        if self._resident is None:  # they are fetched where they lie
+            batch["moments"] = self._moments[rows, orientations]
+        together, each = self._config.condition_dropout, self._config.condition_dropout_each
+        hidden = draw_hidden(self._config.conditions, size, stream, together=together, each=each)
+        batch |= {f"hidden.{name}": is_hidden for name, is_hidden in hidden.items()}
+        return batch | self._config.law.draw(shape, stream)._asdict()
+
+    def loss(self, batch: Batch) -> Tensor:
+        model, rows = self._model, batch["rows"]
+        moments = batch["moments"] if self._resident is None else self._resident[rows, batch["orientations"]]
+        latents = (latents_of(moments, batch["latent_noise"]) - self._mean) / self._std
+        told: dict[str, Tensor] = {name: labels[rows] for name, labels in self._labels.items()}
+        hidden = {name: batch[f"hidden.{name}"] for name in told}
+        told = hide(told, model.null_conditions(len(rows)), hidden)
+        draw = Draw(*(batch[name] for name in Draw._fields))
+        return self._config.law.loss(lambda x, time: model(x, time, told), latents, draw)
 
 
 def train_generator(
-    moments: Tensor,
+    moments: Tensor | Moments,
     labels: Mapping[str, Tensor],
     classes: Classes,
     config: GeneratorTraining,
     *,
     work: Path,
+    held_out: tuple[Tensor | Moments, Mapping[str, Tensor]] | None = None,
     on_progress: OnProgress | None = None,
-) -> tuple[GeneratorSpec, DiT, Trained]:
+    on_samples: OnSamples | None = None,
+    stop_when: Callable[[], bool] | None = None,
+    tensorboard: Path | None = None,
+) -> tuple[GeneratorSpec, Network, Trained]:
     """Train a conditional generator on moments.
 
     Args:
-        moments: (n, orientations, 2 c, h, w), mean and log-variance; kept on the device.
+        moments: (n, orientations, 2 c, h, w), mean and log-variance; kept on the device where they fit.
         labels: of the diagnosis and each of `config.conditions`, the class index (n,) of every row; the null class
             where unknown.
         classes: of each condition, in order.
         config: network, law, budget.
         work: folder of the checkpoint.
+        held_out: moments and labels that are never trained on, for a validation loss: what a training loss would be
+            on them, conditions hidden and diagnoses evened out alike.
         on_progress: see `loop.train`.
+        on_samples: see `loop.train`.
+        stop_when: see `loop.train`.
+        tensorboard: see `loop.train`.
+
+    Raises:
+        ValueError: labels outside their classes or not of the moments; and what `loop.train` refuses.
     """
-    device = pick_device()
+    device = join_processes().device
+    spec = _spec(moments, classes, config)
+    torch.manual_seed(config.training.seed)
+    model = build_network(spec.network).to(device)
+    trained = train(
+        model,
+        GeneratorObjective(model, spec, moments, labels, config),
+        config.training,
+        work=work,
+        validation=GeneratorObjective(model, spec, *held_out, config) if held_out else None,
+        identity=spec.model_dump(mode="json") | config.model_dump(mode="json", exclude={"training", "law"}),
+        on_progress=on_progress,
+        on_samples=on_samples,
+        stop_when=stop_when,
+        tensorboard=tensorboard,
+    )
+    return spec, model, trained
+
+
+def _spec(moments: Tensor | Moments, classes: Classes, config: GeneratorTraining) -> GeneratorSpec:
+    missing = [name for name in config.conditions if name not in classes]
+    if missing:
+        raise ValueError(f"the generator is to be told {missing[0]}, of which no classes are given")
     statistics = latent_statistics(moments)
-    spec = GeneratorSpec(
-        network=DiTConfig(
-            latent_size=moments.shape[-1],
-            channels=moments.shape[2] // 2,
-            patch=config.patch,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            qk_norm=config.qk_norm,
-            condition_init_std=config.condition_init_std,
-            conditions={name: len(classes[name]) for name in config.conditions},
-            learn_sigma=config.law.kind == "ddpm" and config.law.learned_variance,
-        ),
+    network = DiTConfig(
+        latent_size=moments.shape[-1],
+        channels=moments.shape[2] // 2,
+        patch=config.patch,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        qk_norm=config.qk_norm,
+        condition_init_std=config.condition_init_std,
+        conditions={name: len(classes[name]) for name in config.conditions},
+        learn_sigma=config.law.kind == "ddpm" and config.law.learned_variance,
+    )
+    return GeneratorSpec(
+        network=network,
         law=config.law,
         classes={name: classes[name] for name in config.conditions},
         latent_mean=tuple(statistics["mean"]),
         latent_std=tuple(statistics["std"]),
     )
-    torch.manual_seed(config.training.seed)
-    model = DiT(spec.network).to(device)
-    moments = moments.to(device)
-    chances = example_chances(labels["diagnosis"], config.balance).cumsum(0)
-    told_labels = {name: labels[name].to(device) for name in config.conditions}
-    size = config.training.batch_size
-
-    def step_loss(step: int, stream: torch.Generator) -> Tensor:
-        drawn = torch.rand(size, generator=stream, dtype=torch.float64)
-        chosen = torch.searchsorted(chances, drawn).clamp_max(len(chances) - 1).to(device)
-        orientation = torch.randint(moments.shape[1], (size,), generator=stream).to(device)
-        latents = spec.whiten(draw_latents(moments[chosen, orientation], stream))
-        hidden = (torch.rand(size, generator=stream) < config.condition_dropout).to(device)
-        told = {
-            name: torch.where(hidden, spec.network.conditions[name], told_labels[name][chosen])
-            for name in config.conditions
-        }
-        return config.law.training_loss(lambda x, time: model(x, time, told), latents, stream).mean()
-
-    trained = train(model, step_loss, config.training, work=work, on_progress=on_progress)
-    return spec, model, trained
 
 
 def draw_latents(moments: Tensor, stream: torch.Generator) -> Tensor:
     """Latents (n, c, h, w) drawn from moments (n, 2 c, h, w)."""
+    shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+    return latents_of(moments, torch.randn(shape, generator=stream).to(moments.device))
+
+
+def latents_of(moments: Tensor, noise: Tensor) -> Tensor:
+    """Latents (n, c, h, w), float32, of moments (n, 2 c, h, w) and standard normal noise (n, c, h, w)."""
     mean, logvar = moments.float().chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=stream).to(mean.device)
     return mean + noise * (0.5 * logvar).exp()
 
 

@@ -1,0 +1,89 @@
+"""The loss curve while it is drawn: lines of JSON to follow, and TensorBoard's event files for who wants them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from derm_pipeline.images import Pixels
+from derm_pipeline.store import replacing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+CURVE = "curve.jsonl"
+
+
+class Curve:
+    """One line a report in `curve.jsonl`, in the training's folder.
+
+    A line holds step (steps done), num_images, loss (mean since the last line), lr, images_per_s, and validation_loss
+    where it was measured; a number that is not finite is null. Lines of steps that a resumed training does again are
+    dropped.
+    """
+
+    def __init__(self, work: Path, first_step: int, batch_size: int, tensorboard: Path | None) -> None:
+        self._path = work / CURVE
+        self._batch_size = batch_size
+        self._last = (first_step, time.monotonic())
+        self._writer = _tensorboard(tensorboard, first_step) if tensorboard is not None else None
+        work.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_curve(work) if line["step"] <= first_step]
+        with replacing(self._path) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, step: int, loss: float, lr: float, validation_loss: float | None = None) -> None:
+        """Add the line of a report after `step` steps."""
+        last_step, last_time = self._last
+        now = time.monotonic()
+        rate = (step - last_step) * self._batch_size / max(now - last_time, 1e-9)
+        self._last = (step, now)
+        figures = {"loss": loss, "lr": lr, "images_per_s": round(rate, 2)}
+        if validation_loss is not None:
+            figures["validation_loss"] = validation_loss
+        line: dict[str, float | None] = {"step": step, "num_images": step * self._batch_size}
+        line |= {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        with self._path.open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+    def show(self, step: int, picture: Pixels) -> None:
+        """Hand a picture (h, w, 3) to TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image("samples", picture, step, dataformats="HWC")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_curve(work: Path) -> list[dict[str, Any]]:
+    """The lines of the curve in a training's folder; a last one that is not whole is left out."""
+    path = work / CURVE
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def check_tensorboard() -> None:
+    """Refuse before any work where TensorBoard's writer is missing."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "event files need TensorBoard: pip install 'derm_pipeline[tensorboard]', or train without them"
+        ) from error
+
+
+def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)

@@ -1,0 +1,98 @@
+"""Whether a training fits into memory, estimated before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from derm_pipeline.models.runtime import free_bytes
+from derm_pipeline.training.config import largest_divisor
+
+_COMPILED_PART = 0.5
+"""A compiled network keeps less for its backward pass than an eager one; no less than about half."""
+
+
+class Need(NamedTuple):
+    """Bytes that a training takes beside its network."""
+
+    states: int
+    """Gradients, AdamW's two moments and the averages."""
+    fixed: int
+    """Kept for the backward pass whatever the batch: weights in lower precision."""
+    per_example: int
+    """Kept for the backward pass of each example."""
+
+
+def estimate(module: nn.Module, num_averages: int, batch: Mapping[str, Tensor]) -> Need:
+    """What training a module on such examples takes, as found by its forward passes on one of them and on two.
+
+    Args:
+        module: maps a batch to its losses.
+        num_averages: moving averages of the weights.
+        batch: two examples or one, on the module's device.
+    """
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    states = trained * (3 + num_averages)
+    one = _kept_bytes(module, {name: tensor[:1] for name, tensor in batch.items()})
+    if any(len(tensor) < 2 for tensor in batch.values()):
+        return Need(states, 0, one)
+    per_example = max(0, _kept_bytes(module, {name: tensor[:2] for name, tensor in batch.items()}) - one)
+    return Need(states, max(0, one - per_example), per_example)
+
+
+def check_memory(need: Need, micro_batch: int, share: int, device: torch.device, *, is_compiled: bool = False) -> None:
+    """Refuse a training that clearly does not fit into what is free on the device.
+
+    Args:
+        need: what it takes.
+        micro_batch: examples held at once.
+        share: examples of a step that this process has: micro batches must divide it.
+        device: where it runs.
+        is_compiled: whether the network will be compiled.
+
+    Raises:
+        ValueError: with the figures and what to change.
+    """
+    part = _COMPILED_PART if is_compiled else 1.0
+    free = free_bytes(device)
+    activations = part * (need.fixed + micro_batch * need.per_example)
+    if need.states + activations <= free:
+        return
+    room = free - need.states - part * need.fixed
+    fitting = int(room // max(1.0, part * need.per_example))
+    if fitting >= 1:
+        advice = f"set micro_batch_size to {largest_divisor(share, fitting)}, which changes no result"
+    else:
+        advice = "take a smaller network, fewer averages (ema_decays) or a device with more memory"
+    raise ValueError(
+        f"training does not fit: about {_gb(need.states)} for gradients, AdamW and averages and {_gb(activations)} for "
+        f"{micro_batch} examples at once, and {_gb(free)} are free on {device}; {advice}"
+    )
+
+
+def _kept_bytes(module: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Bytes of what one forward pass keeps for the backward pass; buffers are as before afterwards."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = module(dict(batch))
+    del losses
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return sum(kept.values())
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
