@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from derm_pipeline.store import MANIFEST, digest_of_file, digest_of_json, replac
 
 OnProgress = Callable[[int, int], None]
 EmbedText = Callable[[Sequence[SampleRequest]], tuple[Tensor, Tensor]]
-"""Text embeddings (n, s, e) of n samples and their mask (n, s), for a generator that is told text."""
+"""Text embeddings (n, s, e) of n samples and their mask (n, s), row i from request i alone; for one told text."""
 
 CPU_CHUNK = 8
 """Samples that a network sees at once on the CPU. Part of what a sample is, as its seed: never a setting."""
@@ -176,7 +177,10 @@ class Drawer:
     def digest_of(self, batch: Sequence[SampleRequest]) -> str:
         """What the pixels of a batch follow from, in 16 digits."""
         settings = self._config.model_dump(mode="json", include=set(_DRAWING))
-        identity = [settings, self._device.type, self._weights, [[request.seed, request.prompt] for request in batch]]
+        identity: list[Any] = [settings, self._device.type, self._weights]
+        identity += [[request.seed, request.prompt] for request in batch]
+        if self._embed_text is not None:
+            identity += [[list(part.shape), part.float().flatten().tolist()] for part in self._embed_text(batch)]
         return digest_of_json(identity)[:16]
 
     def draw(self, batch: Sequence[SampleRequest]) -> Pixels:

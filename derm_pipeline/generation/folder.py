@@ -48,8 +48,9 @@ def request_of(
     generator: Artifact,
     autoencoder: Artifact,
 ) -> dict[str, Any]:
-    """What a folder of samples holds, as `request.json` says it. Settings that change no sample, or that seeds, prompts and
-    format tell already, are left out.
+    """What a folder of samples holds, as `request.json` says it.
+
+    Settings that change no sample are left out, and those that seeds, prompts and format tell already.
     """
     settings = config.model_dump(mode="json", exclude=_NOT_TOLD)
     return {
