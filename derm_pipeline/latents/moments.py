@@ -6,6 +6,7 @@ bytes are read when they are used, are shared by all processes, and may be more 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,7 +84,7 @@ class Moments:
         out = taken.numpy().reshape(len(images), -1)
         cells = (self._row[images] * self.shape[1] + turned).tolist()
         for place, (shard, cell) in enumerate(zip(self._shard[images].tolist(), cells, strict=True)):
-            out[place] = self._cells[shard][cell]
+            out[place] = self._cells[shard][cell]  # 16 KB at 32 x 32 x 4: the copy is what costs
         return taken.to(self.device, non_blocking=True) if on_gpu else taken
 
     def chunks(self, num_bytes: int = _CHUNK_BYTES) -> Iterator[Tensor]:
@@ -109,15 +110,19 @@ class Moments:
         """A tensor of all rows on `device`; on the CPU a view of the shard where there is only one."""
         import torch
 
-        in_order = np.array_equal(self._row, np.arange(len(self)))
-        if torch.device(device).type == "cpu" and len(self._shards) == 1 and in_order:
-            return self._shards[0][: len(self)]
+        if torch.device(device).type == "cpu" and len(self._shards) == 1 and self._is_run(0, len(self)):
+            return self._shards[0][self._row[0] : self._row[-1] + 1]
         whole = torch.empty(self.shape, dtype=torch.float16, device=device)
-        done = 0
-        for chunk in self.chunks():
-            whole[done : done + len(chunk)] = chunk
-            done += len(chunk)
+        starts = [0, *(np.flatnonzero(np.diff(self._shard)) + 1).tolist(), len(self)]
+        for start, end in itertools.pairwise(starts):  # each stretch lies in one shard
+            rows = self._row[start:end]
+            shard = self._shards[self._shard[start]]
+            whole[start:end] = shard[rows[0] : rows[-1] + 1] if self._is_run(start, end) else shard[rows]
         return whole
+
+    def _is_run(self, start: int, end: int) -> bool:
+        """Whether images start to end, of one shard, lie one after another in it."""
+        return bool((np.diff(self._row[start:end]) == 1).all())
 
     def _on(self, device: torch.device | str) -> Moments:
         import torch
