@@ -1,0 +1,181 @@
+"""derm generate: a folder that is finished, resumed or refused; every row leads back to the generator."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from derm_pipeline.cli.generate import generate
+from derm_pipeline.cli.store import lineage
+from derm_pipeline.generation import drawing, read_provenance
+from derm_pipeline.images import read_image
+from derm_pipeline.store import Request
+from derm_pipeline_tests.conftest import new_project
+from derm_pipeline_tests.generation.networks import generator_at
+
+
+def with_networks(project, networks):
+    """Put these networks into the project's store as those of the recipe tiny."""
+    for asset, folder in networks.items():
+        request = Request(asset, "tiny", {}, {"made": str(folder)}, "1")
+        project.workspace.store.obtain(
+            request, lambda build, folder=folder: shutil.copytree(folder, build.directory, dirs_exist_ok=True) and None
+        )
+    return project
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    return generator_at(tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture
+def project(tmp_path, networks):
+    return with_networks(new_project(tmp_path / "project"), networks)
+
+
+def derm_generate(project, *arguments):
+    told = ["--recipe", "tiny", *arguments, "--data", project.data, "--raw", project.raw]
+    return CliRunner().invoke(generate, [str(argument) for argument in told])
+
+
+def folder_of(result):
+    assert result.exit_code == 0, result.output
+    return Path(result.stdout.strip().rpartition(": ")[2])
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+ASKED = ("--diagnosis", "Melanoma", "--skin-type", 5, "--count", 11)
+
+
+def test_images_are_drawn_as_asked_and_lead_back_to_their_generator(project):
+    result = derm_generate(project, *ASKED)
+    folder = folder_of(result)
+    assert folder.parent == project.data / "samples" / "tiny"
+    assert "11 images (png)" in result.stdout
+    assert {path.name for path in folder.iterdir()} == {"request.json", "metadata.parquet", "README.md", "images"}
+    rows = pq.read_table(folder / "metadata.parquet").to_pylist()
+    generator = project.workspace.store.current("generator", "tiny")
+    assert {row["prompt"] for row in rows} == {"diagnosis=mel, skin_type=5"}
+    assert {row["generator_digest"] for row in rows} == {generator.manifest.content_digest}
+    assert [row["sample_id"] for row in rows] == [f"tiny/{folder.name}/{number:06d}" for number in range(11)]
+    for row in rows:
+        assert read_provenance(folder / row["file_name"])["sample_id"] == row["sample_id"]
+        assert read_image(folder / row["file_name"]).shape == (32, 32, 3)
+    assert "melanoma (`mel`) | 11 |" in (folder / "README.md").read_text()
+    named = json.loads((folder / "request.json").read_text())["generator"]
+    reference = "/".join(named[part] for part in ("asset", "partition", "key"))
+    assert f"derm lineage {reference}" in (folder / "README.md").read_text()
+    walk = CliRunner().invoke(lineage, [reference, "--data", str(project.data)])
+    assert walk.exit_code == 0
+    assert str(generator.reference) in walk.output
+
+
+def test_the_same_command_again_does_nothing_and_with_another_batch_size_too(project, monkeypatch):
+    folder = folder_of(derm_generate(project, *ASKED))
+    before = contents(folder)
+    monkeypatch.setattr(drawing.Drawer, "draw", lambda *_: pytest.fail("drawn again"))
+    again = derm_generate(project, *ASKED, "--batch-size", 3)
+    assert "there already" in again.stdout
+    assert folder_of(again) == folder
+    assert contents(folder) == before
+    monkeypatch.undo()
+    assert folder_of(derm_generate(project, *ASKED, "--seed", 9)) != folder
+    assert folder_of(derm_generate(project, *ASKED, "--guidance", 1)) != folder
+
+
+def test_pixels_do_not_depend_on_the_format_or_on_what_else_is_asked_for(project, tmp_path):
+    few = folder_of(derm_generate(project, *ASKED[:-1], 4))
+    files = [read_image(few / "images" / f"{number:06d}.png") for number in range(4)]
+    npz = folder_of(derm_generate(project, *ASKED, "--format", "npz"))
+    with np.load(npz / "samples.npz") as loaded:
+        images = loaded["arr_0"]
+    assert images.shape == (11, 32, 32, 3)
+    assert np.array_equal(images[:4], files)
+    rows = pq.read_table(npz / "metadata.parquet").to_pylist()
+    assert [row["file_name"] for row in rows] == [f"samples.npz#{number}" for number in range(11)]
+    shards = folder_of(derm_generate(project, *ASKED, "--format", "parquet"))
+    assert pq.read_table(shards / "samples-00000.parquet").num_rows == 11
+    for image_format, suffix in (("webp", "webp"), ("jpeg", "jpg")):
+        folder = folder_of(derm_generate(project, *ASKED, "--format", image_format, "--out", tmp_path / suffix))
+        assert folder == tmp_path / suffix
+        assert len(list((folder / "images").glob(f"*.{suffix}"))) == 11
+
+
+def test_a_grid_has_a_row_a_diagnosis_and_the_same_noise_in_a_column(project):
+    arguments = ("--diagnosis", "mel", "--diagnosis", "nv", "--skin-type", 1, "--skin-type", 6, "--count", 2)
+    folder = folder_of(derm_generate(project, *arguments, "--format", "grid"))
+    assert read_image(folder / "samples.png").shape == (2 * 34 + 2, 4 * 34 + 2, 3)
+    rows = pq.read_table(folder / "metadata.parquet").to_pylist()
+    assert [row["diagnosis"] for row in rows] == ["mel"] * 4 + ["nv"] * 4
+    assert [row["skin_type"] for row in rows] == [1, 1, 6, 6] * 2
+    assert [row["seed"] for row in rows] == [rows[0]["seed"], rows[1]["seed"]] * 4
+    everything = folder_of(derm_generate(project, "--format", "grid"))
+    assert read_image(everything / "samples.png").shape == (7 * 34 + 2, 34 + 2, 3)
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line(project, tmp_path, networks):
+    def said(*arguments):
+        result = derm_generate(project, *arguments)
+        assert result.exit_code == 1, result.output
+        assert not (project.data / "samples").exists()
+        return result.stderr
+
+    assert "'psoriasis' is not a diagnosis" in said("--diagnosis", "psoriasis")
+    assert "mel (melanoma)" in said("--diagnosis", "psoriasis")
+    assert "the generator is told ['diagnosis', 'skin_type'] only" in said("--tell", "sex=female")
+    assert "say NAME=VALUE" in said("--tell", "sex")
+    assert "say NAME=VALUE" in said("--tell", "diagnosis=mel")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    assert "holds other files" in said(*ASKED, "--out", tmp_path / "mine")
+    assert contents(tmp_path / "mine") == {"letter.txt": b"dear"}
+    folder_of(derm_generate(project, *ASKED, "--out", tmp_path / "asked"))
+    assert "holds samples of another request" in said("--diagnosis", "nv", "--out", tmp_path / "asked")
+    empty = new_project(tmp_path / "empty")
+    assert "generator/tiny is not a finished artifact" in derm_generate(empty, *ASKED).stderr
+
+
+def test_a_generator_without_skin_types_is_not_asked_for_one(tmp_path):
+    networks = generator_at(tmp_path / "networks", conditions=("diagnosis",))
+    project = with_networks(new_project(tmp_path / "project"), networks)
+    result = derm_generate(project, *ASKED)
+    assert result.exit_code == 1
+    assert "told ['diagnosis'] only" in result.stderr
+    rows = pq.read_table(folder_of(derm_generate(project, "--count", 2)) / "metadata.parquet").to_pylist()
+    assert [row["prompt"] for row in rows[:2]] == ["diagnosis=akiec"] * 2
+
+
+def start(project, *arguments):
+    code = "from derm_pipeline.cli.generate import generate; generate()"
+    told = ["--recipe", "tiny", *arguments, "--data", project.data, "--raw", project.raw]
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, told)], env=project.environment())
+
+
+def test_a_killed_command_is_finished_by_two_that_run_at_once(project, tmp_path):
+    arguments = ("--diagnosis", "mel", "--count", 60, "--steps", 40, "--batch-size", 4)
+    out = tmp_path / "killed"
+    killed = start(project, *arguments, "--out", out)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(".work/samples-*.npy"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (out / "metadata.parquet").exists()
+    both = [start(project, *arguments, "--out", out) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    whole = folder_of(derm_generate(project, *arguments, "--out", tmp_path / "whole"))
+    assert contents(out) == contents(whole)
