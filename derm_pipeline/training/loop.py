@@ -5,9 +5,10 @@ which rows of it: so a resumed training equals an uninterrupted one to the bit, 
 of processes changes its losses by more than rounding. The loop knows nothing of images or noise: it is handed a model
 and an objective.
 
-Several processes: `accelerate launch script.py` (or torchrun) with a script that calls `train` in every process, on
-the same `work`. The first one writes; all of them resume. What a network draws itself (dropout) and what it computes
-over a batch (batch norm) differ between numbers of processes; objectives draw nothing else.
+Several processes: `accelerate launch script.py` or torchrun (on CPUs torchrun, or `accelerate launch --multi_gpu`: its
+`--cpu` starts more than one with mpirun only), with a script that calls `train` in every process, on the same `work`.
+The first one writes; all of them resume. What a network draws itself (dropout) and what it computes over a batch (batch
+norm) differ between numbers of processes; objectives draw nothing else.
 """
 
 from __future__ import annotations

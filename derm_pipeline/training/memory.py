@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from derm_pipeline.models.runtime import free_bytes
 from derm_pipeline.training.config import largest_divisor
 
+TRIED = 4
 _COMPILED_PART = 0.5
 """A compiled network keeps less for its backward pass than an eager one; no less than about half."""
 
@@ -27,20 +28,22 @@ class Need(NamedTuple):
 
 
 def estimate(module: nn.Module, num_averages: int, batch: Mapping[str, Tensor]) -> Need:
-    """What training a module on such examples takes, as found by its forward passes on one of them and on two.
+    """What training a module on such examples takes, as found by its forward passes on a few and on twice as many.
 
     Args:
         module: maps a batch to its losses.
         num_averages: moving averages of the weights.
-        batch: two examples or one, on the module's device.
+        batch: `TRIED` examples, or fewer where there are no more; on the module's device.
     """
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     states = trained * (3 + num_averages)
-    one = _kept_bytes(module, {name: tensor[:1] for name, tensor in batch.items()})
-    if any(len(tensor) < 2 for tensor in batch.values()):
-        return Need(states, 0, one)
-    per_example = max(0, _kept_bytes(module, {name: tensor[:2] for name, tensor in batch.items()}) - one)
-    return Need(states, max(0, one - per_example), per_example)
+    most = min(len(tensor) for tensor in batch.values())
+    few = max(1, most // 2)
+    kept = [_kept_bytes(module, {name: tensor[:num] for name, tensor in batch.items()}) for num in {few, most}]
+    if most == few:
+        return Need(states, 0, kept[0])
+    per_example = (max(kept) - min(kept)) // (most - few)
+    return Need(states, max(0, min(kept) - few * per_example), per_example)
 
 
 def check_memory(need: Need, micro_batch: int, share: int, device: torch.device, *, is_compiled: bool = False) -> None:

@@ -50,10 +50,12 @@ class Processes:
 
     def check_device(self, device: torch.device) -> None:
         """Refuse a model that lies on another process' device."""
-        if self.num > 1 and device != self._accelerator.device:
+        own = self._accelerator.device
+        is_there = device.type == own.type and (own.type == "cpu" or device.index == own.index)
+        if self.num > 1 and not is_there:
             raise ValueError(
-                f"process {self.index} trains on {self._accelerator.device}, but its model lies on {device}: "
-                "move it to join_processes().device"
+                f"process {self.index} trains on {own}, but its model lies on {device}: move it to "
+                "join_processes().device"
             )
 
     def wrap(self, module: nn.Module) -> nn.Module:

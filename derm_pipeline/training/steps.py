@@ -16,7 +16,7 @@ from derm_pipeline.training.averages import Averages
 from derm_pipeline.training.checkpoint import CheckpointError, State, resume
 from derm_pipeline.training.config import TrainingConfig, lr_factor, step_seed
 from derm_pipeline.training.draws import Batch, Draws, Objective
-from derm_pipeline.training.memory import check_memory, estimate
+from derm_pipeline.training.memory import TRIED, check_memory, estimate
 from derm_pipeline.training.processes import Processes
 from derm_pipeline.training.scaling import LossScale
 
@@ -45,6 +45,9 @@ class _Module(nn.Module):
         self._device = next(model.parameters()).device
         self._precision = config.precision
 
+    def compile_loss(self) -> None:
+        self._loss = torch.compile(self._loss)
+
     def forward(self, batch: Batch) -> Tensor:
         with autocast(self._device, self._precision):
             return self._loss(batch)
@@ -72,10 +75,10 @@ class Steps:
         self._draws = Draws(objective, config, processes, device)
         self._held_out = Draws(validation, config, processes, device) if validation else None
         self._validation = _Module(model, validation, config) if validation else None
-        module = _Module(model, objective, config).train()
-        need = estimate(module, len(config.decays), self._draws.some(2))
+        self._module = _Module(model, objective, config).train()
+        need = estimate(self._module, len(config.decays), self._draws.some(TRIED))
         check_memory(need, processes.micro, processes.share, device, is_compiled=config.compile)
-        self._wrapped = processes.wrap(module)
+        self._wrapped = processes.wrap(self._module)
         self._pending: list[Tensor] = []
         self.state = State(
             model,
@@ -96,20 +99,22 @@ class Steps:
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """Compile the network while it is trained, where that is asked for."""
+        """Compile the network while it is trained, where that is asked for.
+
+        One that has no forward of its own (an autoencoder, a Sequential) is compiled with the objective's loss.
+        """
         model = self.state.model
         if not self._config.compile:
             yield
-            return
-        has_forward = type(model).forward is not nn.Module.forward
-        modules = [model] if has_forward else list(model.children())  # an autoencoder's halves
-        for module in modules:
-            module.compile()
-        try:
+        elif type(model).forward.__module__.startswith("torch.nn"):
+            self._module.compile_loss()
             yield
-        finally:
-            for module in modules:
-                module._compiled_call_impl = None  # as it was: a sampler compiles for its own batches
+        else:
+            model.compile()
+            try:
+                yield
+            finally:
+                model._compiled_call_impl = None  # as it was: a sampler compiles for its own batches
 
     def take(self, first_step: int) -> Iterator[int]:
         """Take every step that is left; yields how many are done."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from derm_pipeline.training.loop import TrainingConfig, train
 from derm_pipeline.training.stopping import stop_on_signal
@@ -46,6 +47,22 @@ def config(**changes):
     defaults = {"num_steps": 300, "batch_size": BATCH, "lr": 1e-2, "ema_decay": 0.99, "checkpoint_every_steps": 20}
     defaults |= {"precision": "fp32"}
     return TrainingConfig(**defaults | changes)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for a device: a value is read, or a result's size depends on values."""
+
+    waits = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.num_seen = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.num_seen += 1
+        name = function.overloadpacket.__name__
+        assert name not in self.waits, f"{function} makes the host wait"
+        return function(*arguments, **(keywords or {}))
 
 
 def train_until_signal(work: Path, num_steps: int, step: int, number: int) -> None:
@@ -90,8 +107,8 @@ def train_and_leave(index: int, work: Path, changes: dict[str, object], stop_aft
             validation=Regression(model),
             stop_when=stop_when,
         )
-    except Interrupted as stopped:
-        torch.save({"stopped": stopped.step}, work / f"result-{index}.pt")
+    except (Interrupted, ValueError) as stopped:
+        torch.save({"stopped": str(stopped)}, work / f"result-{index}.pt")
         return
     result = {
         "losses": trained.losses,

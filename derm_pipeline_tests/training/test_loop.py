@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from derm_pipeline.training.curve import CURVE, read_curve
 from derm_pipeline.training.loop import (
@@ -24,7 +23,7 @@ from derm_pipeline.training.loop import (
     train,
 )
 from derm_pipeline.training.stopping import stop_on_signal
-from derm_pipeline_tests.training.small import Regression, config, network, train_until_signal
+from derm_pipeline_tests.training.small import NoWaiting, Regression, config, network, train_until_signal
 
 
 def run(work, model=None, objective=None, **options):
@@ -68,22 +67,6 @@ def test_it_is_the_plain_loop_to_the_bit(tmp_path):
     assert same(trained.ema, average)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails where the host would wait for a device: a value is read, or a result's size depends on values."""
-
-    waits = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
-
-    def __init__(self):
-        super().__init__()
-        self.num_seen = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.num_seen += 1
-        name = function.overloadpacket.__name__
-        assert name not in self.waits, f"{function} makes the host wait"
-        return function(*arguments, **(keywords or {}))
-
-
 @pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 4}, {"precision": "fp16"}, {"clip_norm": None}], ids=str)
 def test_no_step_waits_for_the_device(tmp_path, changes):
     with NoWaiting() as seen:
@@ -91,6 +74,37 @@ def test_no_step_waits_for_the_device(tmp_path, changes):
     assert seen.num_seen > 500
     with pytest.raises(AssertionError, match="makes the host wait"), NoWaiting():
         torch.ones(1).item()
+
+
+class Named(nn.Module):
+    """With a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [Named, network])
+def test_a_compiled_network_is_the_same_and_is_given_back_as_it_was(tmp_path, build):
+    from torch._dynamo.utils import counters
+
+    plain, straight = run(tmp_path / "a", *with_objective(build), num_steps=20)
+    counters.clear()
+    model, trained = run(tmp_path / "b", *with_objective(build), num_steps=20, compile=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert trained.losses == pytest.approx(straight.losses, rel=1e-4)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert model._compiled_call_impl is None
+
+
+def with_objective(build):
+    torch.manual_seed(0)
+    model = build()
+    return model, Regression(model)
 
 
 def test_accumulated_batches_give_the_same_losses(tmp_path):

@@ -1,17 +1,24 @@
 """What is trained: an autoencoder on images, a conditional generator on latents."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from derm_pipeline.latents import to_model_range
-from derm_pipeline.models.autoencoder import AutoencoderConfig
+from derm_pipeline.latents import Moments, orient, to_model_range
+from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_loss
+from derm_pipeline.models.generator import build_network
 from derm_pipeline.models.laws import DDPM, RectifiedFlow
-from derm_pipeline.training.loop import TrainingConfig
+from derm_pipeline.models.runtime import autocast
+from derm_pipeline.training.loop import CheckpointError, Interrupted, TrainingConfig, step_seed, train
 from derm_pipeline.training.objectives import (
+    AutoencoderObjective,
     AutoencoderTraining,
+    GeneratorObjective,
     GeneratorTraining,
     draw_latents,
     example_chances,
@@ -20,6 +27,7 @@ from derm_pipeline.training.objectives import (
     train_autoencoder,
     train_generator,
 )
+from derm_pipeline_tests.training.small import NoWaiting
 
 
 def budget(num_steps, **changes):
@@ -156,3 +164,148 @@ def test_a_generator_is_told_only_what_its_recipe_names(tmp_path):
             .isfinite()
             .all()
         )
+
+
+def test_one_draw_is_what_it_always_was(tmp_path):
+    """The order of the random choices: a recipe that names nothing new gets the weights that it always got."""
+    moments, labels = two_kinds()
+    spec, model, trained = train_generator(moments, labels, CLASSES, generator(1), work=tmp_path)
+    config = generator(1)
+    stream = torch.Generator().manual_seed(step_seed(0, 0))
+    chances = example_chances(labels["diagnosis"], 1.0).cumsum(0)
+    rows = torch.searchsorted(chances, torch.rand(16, generator=stream, dtype=torch.float64))
+    orientations = torch.randint(2, (16,), generator=stream)
+    latents = spec.whiten(draw_latents(moments[rows, orientations], stream))
+    hidden = torch.rand(16, generator=stream) < 0.1
+    told = {name: torch.where(hidden, len(CLASSES[name]), labels[name][rows]) for name in CLASSES}
+    torch.manual_seed(0)
+    fresh = build_network(spec.network)
+    with autocast(torch.device("cpu")):
+        loss = config.law.training_loss(lambda x, time: fresh(x, time, told), latents, stream).mean()
+    assert trained.losses == [float(loss.detach())]
+
+
+def test_one_draw_of_the_autoencoder_is_what_it_always_was(tmp_path):
+    images = discs(20)
+    _, trained = train_autoencoder(images, autoencoder(1), work=tmp_path)
+    stream = torch.Generator().manual_seed(step_seed(0, 0))
+    chosen = torch.randint(20, (8,), generator=stream)
+    orientation = int(torch.randint(8, (1,), generator=stream))
+    batch = orient(to_model_range(torch.from_numpy(images)[chosen]), orientation)
+    torch.manual_seed(0)
+    model = Autoencoder(autoencoder(1).network)
+    with autocast(torch.device("cpu")):
+        loss = autoencoder_loss(model, batch, stream)[0]
+    assert trained.losses == pytest.approx([float(loss.detach())], rel=1e-6)
+
+
+def objectives():
+    """Both, with fresh networks."""
+    moments, labels = two_kinds()
+    spec, model, _ = train_generator(moments, labels, CLASSES, generator(1), work=Path(tempfile.mkdtemp()))
+    pixels = Autoencoder(AutoencoderConfig(width=8, num_blocks=1))
+    yield GeneratorObjective(model.train(), spec, moments, labels, generator(1))
+    yield AutoencoderObjective(pixels, discs(20), 16)
+
+
+def test_an_examples_loss_does_not_depend_on_the_others():
+    for objective in objectives():
+        batch = objective.draw(3, torch.Generator().manual_seed(9))
+        assert {len(tensor) for tensor in batch.values()} == {16}
+        whole = objective.loss(batch)
+        assert whole.shape == (16,)
+        parts = [
+            objective.loss({name: tensor[part] for name, tensor in batch.items()}) for part in (slice(5), slice(5, 16))
+        ]
+        assert (torch.cat(parts) - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("law", [RectifiedFlow(), DDPM(), DDPM(learned_variance=True)], ids=["flow", "ddpm", "learned"])
+def test_no_step_of_a_generator_waits_for_the_device(tmp_path, law):
+    moments, labels = two_kinds()
+    spec = train_generator(moments, labels, CLASSES, generator(1, law), work=tmp_path / "a")[0]
+    model = build_network(spec.network)
+    config = generator(12, law)
+    objective = GeneratorObjective(model, spec, moments, labels, config)
+    with NoWaiting() as seen:
+        train(model, objective, config.training, work=tmp_path / "b")
+    assert seen.num_seen > 500
+
+
+def test_no_step_of_an_autoencoder_waits_for_the_device(tmp_path):
+    model = Autoencoder(AutoencoderConfig(width=8, num_blocks=1, adversarial_weight=0.1))
+    objective = AutoencoderObjective(model, discs(20), 8)
+    with NoWaiting() as seen:
+        train(model, objective, budget(9), work=tmp_path)
+    assert seen.num_seen > 500
+
+
+def test_moments_that_are_mapped_train_the_same_generator(tmp_path):
+    moments, labels = two_kinds()
+    moments = moments + 0.1 * torch.randn(moments.shape).half()
+    mapped = Moments([moments], np.zeros(len(moments), np.int64), np.arange(len(moments)))
+    one, two = (
+        train_generator(each, labels, CLASSES, generator(5), work=tmp_path / name)
+        for each, name in ((moments, "a"), (mapped, "b"))
+    )
+    assert one[2].losses == two[2].losses
+    assert all(torch.equal(value, two[2].ema[name]) for name, value in one[2].ema.items())
+
+
+def test_examples_that_are_held_out_are_measured_and_not_learnt(tmp_path):
+    moments, labels = two_kinds()
+    options = {"work": tmp_path / "a"}
+    _, _, without = train_generator(moments, labels, CLASSES, generator(40), **options)
+    options = {"work": tmp_path / "b", "held_out": two_kinds(24)}
+    config = generator(40)
+    training = config.training.model_copy(update={"validate_every_steps": 20})
+    _, _, trained = train_generator(
+        moments, labels, CLASSES, config.model_copy(update={"training": training}), **options
+    )
+    assert trained.losses == without.losses
+    assert [step for step, _ in trained.validation] == [20, 40]
+    images = discs(30)
+    _, pixels = train_autoencoder(images[:20], autoencoder(5), work=tmp_path / "c", held_out=images[20:])
+    assert [step for step, _ in pixels.validation] == [5]
+
+
+def test_labels_outside_their_classes_are_refused_before_any_step(tmp_path):
+    moments, labels = two_kinds(16)
+    for wrong, message in (
+        ({"skin_type": torch.full((16,), 7)}, "skin_type is 7 in row 0"),
+        ({"skin_type": torch.full((16,), -1)}, "skin_type is -1"),
+        ({"diagnosis": labels["diagnosis"][:9]}, "9 rows, and there are moments of 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_generator(moments, labels | wrong, CLASSES, generator(2), work=tmp_path)
+    with pytest.raises(ValueError, match="told site, of which no classes"):
+        train_generator(moments, labels, CLASSES, generator(2, conditions=("site",)), work=tmp_path)
+    with pytest.raises(ValueError, match="no image"):
+        train_autoencoder(discs(4)[:0], autoencoder(2), work=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_generator_may_be_told_sex_age_and_site_each_hidden_by_itself(tmp_path):
+    moments, labels = two_kinds()
+    classes = CLASSES | {"sex": ("f", "m"), "age_band": ("a", "b", "c"), "site": ("x", "y")}
+    labels |= {name: torch.randint(len(classes[name]) + 1, (96,)) for name in ("sex", "age_band", "site")}
+    config = generator(2, conditions=tuple(classes), condition_dropout_each=0.5)
+    spec, model, trained = train_generator(moments, labels, classes, config, work=tmp_path)
+    assert spec.network.conditions == {name: len(values) for name, values in classes.items()}
+    draw = GeneratorObjective(model, spec, moments, labels, config).draw(0, torch.Generator().manual_seed(0))
+    hidden = torch.stack([draw[f"hidden.{name}"] for name in classes])
+    assert 0.2 < hidden.float().mean() < 0.9
+    assert not (hidden == hidden[:1]).all()
+
+
+def test_a_generator_resumes_and_refuses_another_recipes_checkpoint(tmp_path):
+    moments, labels = two_kinds()
+    looks = iter(range(99))
+    options = {"work": tmp_path, "stop_when": lambda: next(looks) == 3}
+    with pytest.raises(Interrupted, match="after step 4 of 8"):
+        train_generator(moments, labels, CLASSES, generator(8), **options)
+    with pytest.raises(CheckpointError, match="balance was 1.0, is 0.5"):
+        train_generator(moments, labels, CLASSES, generator(8, balance=0.5), work=tmp_path)
+    with pytest.raises(CheckpointError, match="law"):
+        train_generator(moments, labels, CLASSES, generator(8, DDPM()), work=tmp_path)
+    assert train_generator(moments, labels, CLASSES, generator(8), work=tmp_path)[2].resumed_from_step == 4
