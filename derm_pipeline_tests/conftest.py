@@ -26,6 +26,7 @@ TINY = """\
 title: Everything, a few steps each
 extends: quickstart
 latents: {size_px: 32, orientations: 2, shard_size: 64}
+reconstruction: {psnr_db: 0, ssim: -1}
 autoencoder:
   network: {width: 8, num_blocks: 1}
   training: {num_steps: 20, batch_size: 8, checkpoint_every_steps: 5}

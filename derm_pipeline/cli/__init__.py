@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from derm_pipeline import __version__
+from derm_pipeline.cli.generate import generate
 from derm_pipeline.cli.recipes import recipes, report, run
 from derm_pipeline.cli.shared import user_errors
 from derm_pipeline.cli.sources import captions, fetch, models, sources
@@ -20,10 +21,11 @@ def main() -> None:
 
     \b
     derm run quickstart            everything, on drawn images, in minutes
+    derm generate --recipe quickstart --diagnosis melanoma --count 20
     derm lineage quickstart/000123 where did this image come from?
     derm report quickstart         the page with all figures and pictures
     """
 
 
-for command in (run, recipes, report, sources, fetch, captions, models, lineage, verify, prune):
+for command in (run, recipes, report, generate, sources, fetch, captions, models, lineage, verify, prune):
     main.add_command(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,13 @@ def user_errors() -> Iterator[None]:
         if not isinstance(error, NonFiniteLossError):
             raise
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        from derm_pipeline.training.loop import Interrupted
+
+        if not isinstance(error, Interrupted):
+            raise
+        click.echo(f"derm: {error}", err=True)
+        raise SystemExit(128 + signal.SIGTERM) from error
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"no access to {error.filename}: {error.strerror}") from error

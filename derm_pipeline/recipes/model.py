@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -13,9 +14,11 @@ from derm_pipeline.evaluation.groups import GroupConfig
 from derm_pipeline.evaluation.memorisation import CopyConfig
 from derm_pipeline.generation import SamplingConfig
 from derm_pipeline.latents import LatentConfig
+from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig
+from derm_pipeline.models.reconstruction import ReconstructionMinimum
 from derm_pipeline.recipes import NAME
 from derm_pipeline.sources import SOURCES
-from derm_pipeline.training.objectives import AutoencoderTraining, GeneratorTraining
+from derm_pipeline.training.settings import AutoencoderTraining, DiTTraining, UNetTraining
 from derm_pipeline.training.training_set import TrainingSetConfig
 
 
@@ -31,9 +34,11 @@ class Recipe(BaseModel):
     sources: tuple[str, ...] = Field(min_length=1)
     """The datasets that it sees."""
     training_set: TrainingSetConfig = TrainingSetConfig()
-    autoencoder: AutoencoderTraining
+    autoencoder: Annotated[AutoencoderTraining | PretrainedVaeConfig, Field(discriminator="kind")]
+    reconstruction: ReconstructionMinimum = ReconstructionMinimum()
+    """How well training images must come back from the autoencoder before latents are made of them."""
     latents: LatentConfig = LatentConfig()
-    generator: GeneratorTraining
+    generator: Annotated[DiTTraining | UNetTraining, Field(discriminator="kind")]
     synthetic_dataset: SamplingConfig = SamplingConfig()
     classifiers: ClassifierConfig = ClassifierConfig()
     fidelity: FidelityConfig = FidelityConfig()
@@ -52,21 +57,19 @@ class Recipe(BaseModel):
             raise ValueError(f"the source {twice[0]} is named more than once")
         return sources
 
+    @field_validator("autoencoder", "generator", mode="before")
+    @classmethod
+    def _usual_kind(cls, settings: Any, info: ValidationInfo) -> Any:
+        if isinstance(settings, Mapping) and "kind" not in settings:
+            return {"kind": "dit" if info.field_name == "generator" else "trained", **settings}
+        return settings
+
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         """What would otherwise fail in a later stage, after the work of the earlier ones."""
-        size_px, downsampling = self.latents.size_px, self.autoencoder.network.downsampling
-        side = downsampling * self.generator.patch
-        if size_px % side:
-            raise ValueError(
-                f"latents.size_px {size_px} is not a multiple of {side} (autoencoder.network.downsampling "
-                f"{downsampling} x generator.patch {self.generator.patch})"
-            )
-        if self.generator.width % self.generator.heads or self.generator.width % 4:
-            raise ValueError(
-                f"generator.width {self.generator.width} is not a multiple of 4 and of generator.heads "
-                f"{self.generator.heads}"
-            )
+        _check_network(self)
+        if self.synthetic_dataset.image_format == "webp":
+            raise ValueError("synthetic_dataset.image_format: webp is for `derm generate`; a recipe takes png or jpeg")
         told = set(self.generator.conditions)
         asked = {"diagnosis"} | ({"skin_type"} if self.synthetic_dataset.skin_types else set())
         if not asked <= told:
@@ -81,16 +84,41 @@ class Recipe(BaseModel):
         return self
 
 
+def _check_network(recipe: Recipe) -> None:
+    """Refuse a generator that does not fit its latents, with what would."""
+    autoencoder = recipe.autoencoder
+    if isinstance(autoencoder, PretrainedVaeConfig):  # its files say, when they are read
+        downsampling, channels = 8, 4
+    else:
+        downsampling, channels = autoencoder.network.downsampling, autoencoder.network.latent_channels
+    size_px = recipe.latents.size_px
+    patch = recipe.generator.patch if isinstance(recipe.generator, DiTTraining) else 1
+    if size_px % (downsampling * patch):
+        raise ValueError(
+            f"latents.size_px {size_px} is not a multiple of {downsampling * patch} (the autoencoder's downsampling "
+            f"{downsampling} x generator.patch {patch})"
+        )
+    try:
+        recipe.generator.network(size_px // downsampling, channels, dict.fromkeys(recipe.generator.conditions, 1))
+    except ValidationError as error:
+        said = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+        raise ValueError(f"generator: {said}") from error
+
+
 def explain(error: ValidationError, path: Path) -> str:
     """The first few complaints, each with its key and what is allowed there."""
     lines = []
     for complaint in error.errors()[:5]:
-        key = ".".join(str(part) for part in complaint["loc"])
+        key = ".".join(str(part) for part in complaint["loc"] if part not in _KINDS)
         message = complaint["msg"].removeprefix("Value error, ")
         if complaint["type"] == "extra_forbidden":
             message = f"unknown key; allowed here: {', '.join(_allowed_keys(complaint['loc'][:-1]))}"
         lines.append(f"{path}: {key + ': ' if key else ''}{message}")
     return "\n".join(lines)
+
+
+_KINDS = {"trained", "pretrained", "dit", "unet", "flow", "ddpm"}
+"""The tags of unions, which nobody wrote into a recipe as a key."""
 
 
 def _allowed_keys(location: tuple[Any, ...]) -> list[str]:

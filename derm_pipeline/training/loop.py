@@ -52,7 +52,7 @@ OnSamples = Callable[[int, nn.Module], Pixels | None]
 TensorBoard, or None."""
 
 
-class Interrupted(Exception):  # noqa: N818  # as KeyboardInterrupt, no error: what was asked for was done
+class Interrupted(RuntimeError):  # noqa: N818  # as KeyboardInterrupt, no error: what was asked for was done
     """The training was asked to stop, and its checkpoint holds every step that was done.
 
     Args:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from derm_pipeline.images import Pixels
 from derm_pipeline.latents import Moments, latent_statistics, orient, to_model_range
-from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_losses
+from derm_pipeline.models.autoencoder import Autoencoder, autoencoder_losses
 from derm_pipeline.models.conditions import check_classes, draw_hidden, hide
-from derm_pipeline.models.dit import DiTConfig
-from derm_pipeline.models.generator import Classes, GeneratorSpec, Network, build_network
-from derm_pipeline.models.laws import Draw, Law, RectifiedFlow
+from derm_pipeline.models.generator import AnyAutoencoder, Classes, GeneratorSpec, Network, build_network
+from derm_pipeline.models.laws import Draw
 from derm_pipeline.models.reconstruction import psnr_db
 from derm_pipeline.models.runtime import autocast, join_processes
 from derm_pipeline.training.draws import Batch
-from derm_pipeline.training.loop import OnProgress, OnSamples, Trained, TrainingConfig, train
+from derm_pipeline.training.loop import OnProgress, OnSamples, Trained, train
+from derm_pipeline.training.settings import AutoencoderTraining, GeneratorTraining
 
 __all__ = [
     "AutoencoderObjective",
-    "AutoencoderTraining",
     "GeneratorObjective",
-    "GeneratorTraining",
     "draw_latents",
     "example_chances",
     "latents_of",
@@ -35,48 +31,6 @@ __all__ = [
     "train_autoencoder",
     "train_generator",
 ]
-
-
-class AutoencoderTraining(BaseModel):
-    """The autoencoder stage of a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    network: AutoencoderConfig = AutoencoderConfig()
-    """Shape and loss."""
-    training: TrainingConfig
-    """Budget and optimiser."""
-
-
-class GeneratorTraining(BaseModel):
-    """The generator stage of a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    patch: int = Field(default=2, ge=1)
-    """Side of the square of latent cells that becomes one token."""
-    width: int = Field(default=192, ge=4)
-    """Features of a token."""
-    depth: int = Field(default=6, ge=1)
-    """Transformer blocks."""
-    heads: int = Field(default=3, ge=1)
-    """Attention heads."""
-    qk_norm: bool = False
-    """Whether queries and keys are normalised."""
-    condition_init_std: float = Field(default=1.0, gt=0)
-    """Spread of the initial condition embeddings; the reference's 0.02 learns classes too slowly in a short budget."""
-    conditions: tuple[Literal["diagnosis", "skin_type", "sex", "age_band", "site"], ...] = ("diagnosis", "skin_type")
-    """What the generator is told of an image."""
-    condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Chance that an example's conditions are all hidden, so that guidance has an unconditional prediction."""
-    condition_dropout_each: float = Field(default=0.0, ge=0, lt=1)
-    """Chance that a condition is hidden by itself, besides: for guidance by some conditions only."""
-    balance: float = Field(default=1.0, ge=0, le=1)
-    """How far the diagnoses are evened out: 0 draws examples as they come, 1 draws every diagnosis equally often."""
-    law: Law = RectifiedFlow()
-    """The noise law."""
-    training: TrainingConfig
-    """Budget and optimiser."""
 
 
 class AutoencoderObjective:
@@ -141,7 +95,7 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def reconstruct(model: Autoencoder, images: Tensor, *, batch_size: int = 128) -> Tensor:
+def reconstruct(model: AnyAutoencoder, images: Tensor, *, batch_size: int = 128) -> Tensor:
     """Encode and decode images (n, 3, h, w) in [-1, +1], through the mean of their latents."""
     device = next(model.parameters()).device
     parts = []
@@ -259,17 +213,8 @@ def _spec(moments: Tensor | Moments, classes: Classes, config: GeneratorTraining
     if missing:
         raise ValueError(f"the generator is to be told {missing[0]}, of which no classes are given")
     statistics = latent_statistics(moments)
-    network = DiTConfig(
-        latent_size=moments.shape[-1],
-        channels=moments.shape[2] // 2,
-        patch=config.patch,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        qk_norm=config.qk_norm,
-        condition_init_std=config.condition_init_std,
-        conditions={name: len(classes[name]) for name in config.conditions},
-        learn_sigma=config.law.kind == "ddpm" and config.law.learned_variance,
+    network = config.network(
+        moments.shape[-1], moments.shape[2] // 2, {name: len(classes[name]) for name in config.conditions}
     )
     return GeneratorSpec(
         network=network,

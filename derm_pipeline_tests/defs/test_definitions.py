@@ -61,6 +61,7 @@ CHECKS = {
     ("splits", "no_lesion_in_two_splits"): True,
     ("splits", "no_near_duplicate_in_two_splits"): False,
     ("training_set", "nothing_held_out_is_trained_on"): True,
+    ("autoencoder", "images_come_back"): True,
     ("latents", "moments_are_finite"): True,
     ("synthetic_dataset", "every_sample_tells_where_it_came_from"): True,
     ("classifiers", "samples_show_what_was_asked_for"): False,

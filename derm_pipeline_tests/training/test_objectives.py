@@ -17,9 +17,7 @@ from derm_pipeline.models.runtime import autocast
 from derm_pipeline.training.loop import CheckpointError, Interrupted, TrainingConfig, step_seed, train
 from derm_pipeline.training.objectives import (
     AutoencoderObjective,
-    AutoencoderTraining,
     GeneratorObjective,
-    GeneratorTraining,
     draw_latents,
     example_chances,
     psnr_db,
@@ -27,6 +25,7 @@ from derm_pipeline.training.objectives import (
     train_autoencoder,
     train_generator,
 )
+from derm_pipeline.training.settings import AutoencoderTraining, DiTTraining
 from derm_pipeline_tests.training.small import NoWaiting
 
 
@@ -121,7 +120,7 @@ def two_kinds(num=96):
 
 def generator(num_steps, law=None, **changes):
     defaults = {"width": 32, "depth": 1, "heads": 2, "law": law or RectifiedFlow()}
-    return GeneratorTraining(**defaults | changes, training=budget(num_steps, batch_size=16, ema_decay=0.9))
+    return DiTTraining(**defaults | changes, training=budget(num_steps, batch_size=16, ema_decay=0.9))
 
 
 @pytest.mark.parametrize("law", [RectifiedFlow(), DDPM()], ids=["flow", "ddpm"])

@@ -67,13 +67,18 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
         owners=OWNERS,
         pool=GPU_POOL,
         code_version=generator.CODE_VERSIONS["autoencoder"],
+        check_specs=[dg.AssetCheckSpec("images_come_back", asset="autoencoder", blocking=True)],
     )
     def autoencoder(
         context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
     ) -> dg.MaterializeResult:
-        """The VAE between pixels and latents, trained here."""
+        """The VAE between pixels and latents: trained here, or a published one by reference."""
         artifact = generator.autoencoder(workspace, context.partition_key, progress(context, shower).step)
-        return materialised(artifact, picture=summary.reconstructions(workspace, context.partition_key))
+        return materialised(
+            artifact,
+            picture=summary.reconstructions(workspace, context.partition_key),
+            checks=[check("images_come_back", summary.poor_reconstruction(workspace, artifact), blocking=True)],
+        )
 
     @dg.asset(
         partitions_def=recipes,

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, RECORDS, SPLITS, decode_mask, image_files
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.records import Diagnosis, SkinType, Split, canonical
+from derm_pipeline.records import AgeBand, Diagnosis, SkinType, Split, canonical
 from derm_pipeline.splits import light_dark_split
 from derm_pipeline.store import Artifact, Build, Reference, Request
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from derm_pipeline.generation import Cell
     from derm_pipeline.images import Pixels
     from derm_pipeline.latents import ImageFile, LatentConfig, Restore
-    from derm_pipeline.models.generator import Classes
+    from derm_pipeline.models.generator import AnyAutoencoder, Classes
     from derm_pipeline.recipes.model import Recipe
     from derm_pipeline.training.training_set import Selection
 
@@ -33,9 +33,9 @@ METADATA = "metadata.parquet"
 CODE_VERSIONS = {
     "training_set": "1",
     "evaluation_set": "1",
-    "autoencoder": "1",
-    "latents": "1",
-    "generator": "1",
+    "autoencoder": "2",
+    "latents": "2",
+    "generator": "2",
     "synthetic_dataset": "1",
 }
 """Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
@@ -181,11 +181,11 @@ def _restore(workspace: Workspace, recipe: Recipe) -> Restore | None:
 
 
 def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) -> Artifact:
-    """The autoencoder, trained on the training set."""
+    """The autoencoder: trained on the training set, or a pretrained one by reference; and how well images come back."""
     recipe, store = workspace.recipe(name), workspace.store
     rows = store.current("training_set", name)
     settings = {
-        "autoencoder": recipe.autoencoder.model_dump(mode="json"),
+        "autoencoder": _autoencoder_settings(recipe),
         "pixels": _pixel_settings(recipe.latents),
         "remove_hair": recipe.training_set.remove_hair,
     }
@@ -196,22 +196,45 @@ def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) 
         import torch
 
         from derm_pipeline.latents import to_model_range
-        from derm_pipeline.models.generator import save_autoencoder
-        from derm_pipeline.training.objectives import psnr_db, reconstruct, train_autoencoder
+        from derm_pipeline.models.generator import obtain_autoencoder, save_autoencoder
+        from derm_pipeline.models.reconstruction import measure_reconstruction
+        from derm_pipeline.models.runtime import pick_device
+        from derm_pipeline.training.objectives import reconstruct, train_autoencoder
+        from derm_pipeline.training.settings import AutoencoderTraining
+        from derm_pipeline.training.stopping import stop_on_signal
 
         images = squares(workspace, recipe, rows.table(TRAINING_SET))
-        model, trained = train_autoencoder(images, recipe.autoencoder, work=build.work, on_progress=on_step)
+        losses: list[float] = []
+        model: AnyAutoencoder
+        if isinstance(recipe.autoencoder, AutoencoderTraining):
+            with stop_on_signal() as stop_when:
+                model, trained = train_autoencoder(
+                    images, recipe.autoencoder, work=build.work, on_progress=on_step, stop_when=stop_when
+                )
+            losses = trained.losses
+            build.counts["resumed_from_step"] = trained.resumed_from_step
+        else:
+            model = obtain_autoencoder(recipe.autoencoder, pick_device())
         some = to_model_range(torch.from_numpy(images[:: max(1, len(images) // 256)]))
+        found = measure_reconstruction(reconstruct(model, some), some)
         save_autoencoder(model, build.directory)
-        build.write_table(LOSSES, _loss_table(trained.losses))
+        build.write_table(LOSSES, _loss_table(losses))
         build.counts.update(
             num_images=len(images),
-            num_steps=len(trained.losses),
-            resumed_from_step=trained.resumed_from_step,
-            train_psnr_db=round(psnr_db(reconstruct(model, some), some), 2),
+            num_steps=len(losses),
+            train_psnr_db=round(found.means["psnr_db"], 2),
+            train_ssim=round(found.means["ssim"], 4),
         )
 
     return store.obtain(request, make)
+
+
+def _autoencoder_settings(recipe: Recipe) -> dict[str, object]:
+    """A pretrained autoencoder counts by what its files hold, one that is trained here by its settings."""
+    from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig
+
+    config = recipe.autoencoder
+    return config.identity() if isinstance(config, PretrainedVaeConfig) else config.model_dump(mode="json")
 
 
 def _pixel_settings(config: LatentConfig) -> dict[str, object]:
@@ -247,8 +270,8 @@ def latents(workspace: Workspace, name: str, on_progress: OnProgress | None = No
         @torch.no_grad()
         def encode(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with autocast(device):
-                mean, logvar = model.encode(batch.to(device))
-            return mean.float().cpu(), logvar.float().cpu()
+                mean, logvar = model.encode(batch)
+            return mean.float(), logvar.float()
 
         num_reused = encode_images(
             image_files(workspace, rows.table(TRAINING_SET)),
@@ -257,6 +280,7 @@ def latents(workspace: Workspace, name: str, on_progress: OnProgress | None = No
             recipe.latents,
             out=build.directory,
             previous=_same_encoder(build, encoder),
+            device=device,
             on_progress=on_progress,
         )
         build.counts.update(
@@ -284,24 +308,28 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
     request = Request("generator", name, inputs, settings, CODE_VERSIONS["generator"])
 
     def make(build: Build) -> None:
-        from derm_pipeline.latents import load_moments
-        from derm_pipeline.models.generator import SKIN_TYPES
+        from derm_pipeline.latents import open_moments
+        from derm_pipeline.models.conditions import condition_classes
         from derm_pipeline.models.runtime import save_weights
         from derm_pipeline.training.objectives import train_generator
+        from derm_pipeline.training.stopping import stop_on_signal
 
         table = rows.table(TRAINING_SET)
-        classes = {"diagnosis": canonical(table["diagnosis"].to_pylist()), "skin_type": SKIN_TYPES}
-        digests, tensors = load_moments(moments.directory)
+        names = list(dict.fromkeys(("diagnosis", *recipe.generator.conditions)))
+        classes = condition_classes(names, canonical(table["diagnosis"].to_pylist()))
+        digests, tensors = open_moments(moments.directory)
         if digests != table["sha256"].to_pylist():
             raise ValueError(f"the latents of {name} are not those of its training set: materialise latents again")
-        spec, model, trained = train_generator(
-            tensors,
-            _labels(table, classes, recipe),
-            classes,
-            recipe.generator,
-            work=build.work,
-            on_progress=on_step,
-        )
+        with stop_on_signal() as stop_when:
+            spec, model, trained = train_generator(
+                tensors,
+                _labels(table, classes),
+                classes,
+                recipe.generator,
+                work=build.work,
+                on_progress=on_step,
+                stop_when=stop_when,
+            )
         spec.save(build.directory)
         save_weights(build.path("weights.safetensors"), model.state_dict())
         if trained.ema is not None:
@@ -317,16 +345,26 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
     return store.obtain(request, make)
 
 
-def _labels(table: pa.Table, classes: Classes, recipe: Recipe) -> dict[str, Tensor]:
+def _labels(table: pa.Table, classes: Classes) -> dict[str, Tensor]:
     """The class indices of every row, by condition."""
     import torch
 
     from derm_pipeline.models.generator import class_index
 
     return {
-        condition: torch.tensor([class_index(classes, condition, value) for value in table[condition].to_pylist()])
-        for condition in {"diagnosis", *recipe.generator.conditions}
+        name: torch.tensor([class_index(classes, name, value) for value in _values(table, name)]) for name in classes
     }
+
+
+def _values(table: pa.Table, condition: str) -> list[str | int | None]:
+    """What is known of every row."""
+    if condition != "age_band":
+        found: list[str | int | None] = table[condition].to_pylist()
+        return found
+    ages = zip(table["age_years"].to_pylist(), table["age_range"].to_pylist(), strict=True)
+    return [
+        AgeBand.of(years) if years is not None else AgeBand.of_range(span) if span else None for years, span in ages
+    ]
 
 
 def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress | None = None) -> Artifact:

@@ -19,12 +19,24 @@ def leaks(workspace: Workspace, training_set: Artifact) -> list[str]:
     return training_set_problems(training_set.table(TRAINING_SET), splits_of(workspace, recipe))
 
 
+def poor_reconstruction(workspace: Workspace, autoencoder: Artifact) -> list[str]:
+    """Why no latents should be made with this autoencoder: its images come back worse than the recipe asks."""
+    minimum = workspace.recipe(autoencoder.manifest.partition).reconstruction
+    counts = autoencoder.counts
+    found = {"PSNR in dB": (counts["train_psnr_db"], minimum.psnr_db), "SSIM": (counts["train_ssim"], minimum.ssim)}
+    return [
+        f"training images come back with a mean {name} of {value:g}; the recipe's `reconstruction` asks for {least:g}"
+        for name, (value, least) in found.items()
+        if not value >= least
+    ]
+
+
 def non_finite_moments(latents: Artifact) -> list[str]:
     """Images whose moments are not all finite (a VAE that overflows in half precision)."""
-    from derm_pipeline.latents import load_moments
+    from derm_pipeline.latents import open_moments
 
-    digests, moments = load_moments(latents.directory)
-    finite = moments.isfinite().flatten(1).all(1).tolist()
+    digests, moments = open_moments(latents.directory)
+    finite = [ok for chunk in moments.chunks() for ok in chunk.isfinite().flatten(1).all(1).tolist()]
     return [
         f"{digest[:12]} has moments that are not finite" for digest, ok in zip(digests, finite, strict=True) if not ok
     ]
