@@ -227,3 +227,36 @@ def test_killed_in_every_heavy_stage_it_resumes_and_ends_with_the_same_artifacts
     lines = done.stdout.splitlines()
     assert any("84 samples" in line for line in lines)
     assert str(project.artifacts()["report"].path("report.html")) in done.stdout
+
+
+def test_a_u_net_on_a_published_autoencoders_latents_goes_through_the_whole_graph(tmp_path, phantoms):
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    autoencoder.save_pretrained(tmp_path / "vae")
+    project = new_project(tmp_path / "project", phantoms)
+    settings = (project.data / "recipes" / "tiny.yaml").read_text()
+    start, end = settings.index("autoencoder:"), settings.index("synthetic_dataset:")
+    (project.data / "recipes" / "tiny.yaml").write_text(
+        settings[:start]
+        + f"autoencoder: {{kind: pretrained, model: {tmp_path / 'vae'}}}\n"
+        + "generator: {kind: unet, widths: [8, 16], layers: 1, attention_levels: [1], head_size: 8, norm_groups: 4,\n"
+        + "  conditions: [diagnosis, skin_type, sex, age_band, site],\n"
+        + "  training: {num_steps: 6, batch_size: 8, lr: 1.0e-3, ema_decay: 0.9}}\n"
+        + settings[end:]
+    )
+    run_tiny(project)
+    artifacts = project.artifacts()
+    assert artifacts["synthetic_dataset"].counts["num_samples"] == 84
+    assert artifacts["autoencoder"].counts["num_steps"] == 0
+    assert "weights.safetensors" not in artifacts["autoencoder"].manifest.files
+    assert artifacts["report"].path("report.html").stat().st_size > 10_000

@@ -6,11 +6,11 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from derm_pipeline.models.autoencoder import AutoencoderConfig
 from derm_pipeline.models.diffusion import Law, RectifiedFlow
-from derm_pipeline.models.dit import DIT_PRESETS, DiTConfig
+from derm_pipeline.models.dit import DiTConfig
 from derm_pipeline.models.generator import NetworkConfig
 from derm_pipeline.models.unet import UNetConfig
 from derm_pipeline.training.config import TrainingConfig
@@ -82,18 +82,6 @@ class DiTTraining(GeneratorTraining):
     """Whether queries and keys are normalised."""
     positions: Literal["sincos", "rotary"] = "sincos"
     """How a token's place is told."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_size(cls, settings: Any) -> Any:
-        """`size: XL/2` stands for the patch, width, depth and heads of a published configuration."""
-        if not isinstance(settings, Mapping) or "size" not in settings:
-            return settings
-        named = dict(settings)
-        size = named.pop("size")
-        if size not in DIT_PRESETS:
-            raise ValueError(f"size {size!r} is none of {', '.join(DIT_PRESETS)}")
-        return {name: DIT_PRESETS[size][name] for name in ("patch", "width", "depth", "heads")} | named
 
     def _shape(self, common: dict[str, Any]) -> DiTConfig:
         own = self.model_dump(include={"patch", "width", "depth", "heads", "qk_norm", "positions"})

@@ -50,7 +50,7 @@ def test_another_kind_of_law_does_not_inherit_the_keys_of_the_first(write):
         ("extends: quickstart\nwidth: 3\n", ["width: unknown key", "allowed here: title, sources, training_set"]),
         (
             "extends: quickstart\ngenerator: {wdith: 3}\n",
-            ["generator.wdith: unknown key", "allowed here: patch, width"],
+            ["generator.wdith: unknown key", "allowed here: ", "patch, width"],
         ),
         ("extends: quickstart\ngenerator: {training: {steps: 3}}\n", ["generator.training.steps", "num_steps"]),
         ("extends: quickstart\ngenerator: {law: {kind: ddpm, foo: 1}}\n", ["foo: unknown key", "prediction"]),
@@ -68,12 +68,12 @@ def test_another_kind_of_law_does_not_inherit_the_keys_of_the_first(write):
         ("extends: quickstart\ntraining_set: {diagnoses: [mole]}\n", ["training_set.diagnoses", "'psoriasis'"]),
         ("extends: quickstart\nname: other\n", ["name", "called as its file is"]),
         ("extends: quickstart\nlatents: {size_px: 70}\n", ["latents.size_px 70 is not a multiple of 8"]),
-        ("extends: quickstart\ngenerator: {width: 100}\n", ["generator.width 100", "generator.heads 3"]),
+        ("extends: quickstart\ngenerator: {width: 100}\n", ["generator: width 100", "heads 3", "take width 96 or 108"]),
         ("extends: quickstart\ngenerator: {conditions: [diagnosis]}\n", ["generator.conditions", "skin_types be []"]),
         ("extends: quickstart\ngenerator: {conditions: [skin_type]}\n", ["generator.conditions must name that"]),
         ("extends: quickstart\nclassifiers: {arms: [synthetic]}\n", ["classifiers.arms must name real"]),
         ("extends: quickstart\nclassifiers: {width: 12}\n", ["classifiers.width 12 is not a multiple of 8"]),
-        ("extends: nothing\n", ["extends 'nothing' is not a recipe; there are ham10000"]),
+        ("extends: nothing\n", ["extends 'nothing' is not a recipe; there are dit"]),
         ("extends: [quickstart]\n", ["extends", "name of one recipe"]),
         ("extends: own\n", ["circle (own -> own)"]),
         ("a: 1\nb: [\n", ["not YAML", "line 3"]),
@@ -105,7 +105,9 @@ def test_bytes_that_are_no_text_are_named_with_their_file(tmp_path):
 
 
 def test_an_unknown_recipe_is_an_error_that_names_those_there_are():
-    with pytest.raises(RecipeError, match=r"'nothing' is not a recipe; there are ham10000, ham10000_fast, quickstart"):
+    with pytest.raises(
+        RecipeError, match=r"'nothing' is not a recipe; there are dit, dit_b, dit_xl, ham10000, ham10000_fast, ldm, "
+    ):
         load_recipe("nothing", recipe_files())
 
 
@@ -125,3 +127,20 @@ def test_a_recipe_without_sources_of_its_own_has_those_of_what_it_extends(write)
     assert recipe_sources("own", files) == ["ham10000"]
     with pytest.raises(RecipeError, match="list of source names"):
         recipe_sources("broken", files)
+
+
+@pytest.mark.parametrize(("name", "num_weights"), [("dit", 16_593_040), ("dit_b", 64_472_464), ("dit_xl", 673_985_696)])
+def test_the_recipes_of_published_networks_have_their_number_of_weights(name, num_weights):
+    from derm_pipeline.models.dit import num_parameters
+
+    recipe = load_recipe(name, recipe_files())
+    network = recipe.generator.network(recipe.latents.size_px // 8, 4, {"diagnosis": 7})
+    assert num_parameters(network) == num_weights
+
+
+def test_a_u_net_takes_the_place_of_the_transformer_with_settings_of_its_own(write):
+    recipe = load_recipe("ldm", recipe_files())
+    assert recipe.generator.network(32, 4, {"diagnosis": 7}).kind == "unet"
+    files = write(own="extends: ldm\ngenerator: {patch: 2}\n")
+    with pytest.raises(RecipeError, match="generator.patch: unknown key; allowed here: .*widths"):
+        load_recipe("own", files)
