@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from derm_pipeline.defs.drawn import Drawn, drawn_called, drawn_copy, drawn_file
 from derm_pipeline.defs.stages.generator import METADATA
 from derm_pipeline.defs.stages.reports import LEADERBOARD_PAGE, REPORT, headline_axis, lineage_dict, reported
 from derm_pipeline.defs.workspace import Workspace
@@ -18,30 +19,27 @@ FORMAT = "derm_pipeline/lineage/1"
 def trace(workspace: Workspace, name: str) -> dict[str, Any]:
     """The walk from an artifact, or from one synthetic image (its file or sample_id), as JSON.
 
+    The walk from an image that `derm generate` drew begins at its generator; that from a file of several samples too,
+    with no image.
+
     Raises:
         StoreError: nothing is called that.
     """
-    store = workspace.store
-    found = _sample(workspace, name)
-    if found is None:
-        artifact = store.resolve(name)
-        return {"format": FORMAT, "image": None, "artifact": lineage_dict(store.lineage(artifact))}
-    dataset, row = found
-    row["sha256"] = digest_of_file(dataset.path(row["file_name"]))
-    return {"format": FORMAT, "image": row, "artifact": lineage_dict(store.lineage(dataset))}
+    artifact, row = _sample(workspace, name) or (workspace.store.resolve(name), None)
+    return {"format": FORMAT, "image": row, "artifact": lineage_dict(workspace.store.lineage(artifact))}
 
 
-def _sample(workspace: Workspace, name: str) -> tuple[Artifact, dict[str, Any]] | None:
-    path = Path(name)
+def _sample(workspace: Workspace, name: str) -> Drawn | None:
+    store, path = workspace.store, Path(name)
     if path.is_file():
-        return _sample_of_file(workspace, path)
+        return drawn_file(store, path) or _sample_of_file(workspace, path)
     recipe, _, number = name.partition("/")
-    if not number.isdigit() or recipe not in workspace.store.partitions("synthetic_dataset"):
-        return None
-    return _row(workspace.store.current("synthetic_dataset", recipe), "sample_id", f"{recipe}/{int(number):06d}")
+    if not number.isdigit() or recipe not in store.partitions("synthetic_dataset"):
+        return drawn_called(store, workspace.data / "samples", name)
+    return _row(store.current("synthetic_dataset", recipe), "sample_id", f"{recipe}/{int(number):06d}")
 
 
-def _sample_of_file(workspace: Workspace, path: Path) -> tuple[Artifact, dict[str, Any]]:
+def _sample_of_file(workspace: Workspace, path: Path) -> Drawn:
     """A sample by its file: where it lies in a dataset, or else, wherever it was copied to, by its content."""
     folder = path.resolve().parent.parent
     if (folder / MANIFEST).is_file():
@@ -52,17 +50,22 @@ def _sample_of_file(workspace: Workspace, path: Path) -> tuple[Artifact, dict[st
             for name, entry in artifact.manifest.files.items():
                 if entry.sha256 == digest:
                     return _row(artifact, "file_name", name)
-    raise StoreError(f"{path} is no image of this pipeline's store: it was changed, or its dataset is no longer there")
+    found = drawn_copy(workspace.store, workspace.data / "samples", path)
+    if found is None:
+        raise StoreError(
+            f"{path} is no image of this pipeline's store: it was changed, or its dataset is no longer there"
+        )
+    return found
 
 
-def _row(dataset: Artifact, column: str, value: str) -> tuple[Artifact, dict[str, Any]]:
+def _row(dataset: Artifact, column: str, value: str) -> Drawn:
     if dataset.manifest.asset != "synthetic_dataset":
         raise StoreError(f"{dataset.reference} is not a synthetic dataset")
     table = dataset.table(METADATA)
-    rows = table.filter(pc.equal(table[column], value)).to_pylist()
+    rows: list[dict[str, Any]] = table.filter(pc.equal(table[column], value)).to_pylist()
     if not rows:
         raise StoreError(f"{dataset.reference} has no image {value}; it has {table.num_rows:,}")
-    return dataset, rows[0]
+    return dataset, rows[0] | {"sha256": digest_of_file(dataset.path(rows[0]["file_name"]))}
 
 
 def tree_lines(walk: dict[str, Any]) -> list[str]:

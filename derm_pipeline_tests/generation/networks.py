@@ -1,5 +1,7 @@
 """A generator and an autoencoder with random weights, as folders."""
 
+import shutil
+
 import torch
 
 from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -8,6 +10,7 @@ from derm_pipeline.models.generator import GeneratorSpec, save_autoencoder
 from derm_pipeline.models.laws import RectifiedFlow
 from derm_pipeline.models.runtime import save_weights
 from derm_pipeline.records import Diagnosis, SkinType
+from derm_pipeline.store import Request
 
 SEVEN = tuple(Diagnosis)[:7]
 CLASSES = {
@@ -43,3 +46,17 @@ def generator_at(folder, conditions=("diagnosis", "skin_type"), seed=11, autoenc
     )
     save_autoencoder(Autoencoder(config), folder / "autoencoder")
     return {name: folder / name for name in ("generator", "autoencoder")}
+
+
+def with_networks(project, networks):
+    """Put these networks into the project's store as those of the recipe tiny, with latents between them."""
+    inputs = {}
+    for asset in ("autoencoder", "latents", "generator"):
+        request = Request(asset, "tiny", inputs, {"made": str(networks["generator"])}, "1")
+
+        def make(build, asset=asset):
+            if asset in networks:
+                shutil.copytree(networks[asset], build.directory, dirs_exist_ok=True)
+
+        inputs = {asset: project.workspace.store.obtain(request, make).reference}
+    return project

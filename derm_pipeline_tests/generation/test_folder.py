@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,19 +17,8 @@ from derm_pipeline.cli.generate import generate
 from derm_pipeline.cli.store import lineage
 from derm_pipeline.generation import drawing, read_provenance
 from derm_pipeline.images import read_image
-from derm_pipeline.store import Request
 from derm_pipeline_tests.conftest import new_project
-from derm_pipeline_tests.generation.networks import generator_at
-
-
-def with_networks(project, networks):
-    """Put these networks into the project's store as those of the recipe tiny."""
-    for asset, folder in networks.items():
-        request = Request(asset, "tiny", {}, {"made": str(folder)}, "1")
-        project.workspace.store.obtain(
-            request, lambda build, folder=folder: shutil.copytree(folder, build.directory, dirs_exist_ok=True) and None
-        )
-    return project
+from derm_pipeline_tests.generation.networks import generator_at, with_networks
 
 
 @pytest.fixture(scope="module")
