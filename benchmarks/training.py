@@ -17,6 +17,10 @@ GPU also the waits that CUDA itself reports in the steps as they are timed.
 
     OMP_NUM_THREADS=1 python benchmarks/training.py --size S/2 --batch 8 --out benchmarks/results/training.json
     python benchmarks/training.py --size XL/2 --batch 128 --compile
+
+What a CPU keeps for the backward pass glibc returns to the system after every step, and every page of it must be got
+again in the next: a cost of ours that checkpointing has not. `MALLOC_TRIM_THRESHOLD_=100000000000
+MALLOC_MMAP_THRESHOLD_=100000000000` before the command keeps the memory, for both; figures are given with and without.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import argparse
 import copy
 import gc
 import json
+import os
 import platform
 import resource
 import statistics
@@ -223,15 +228,22 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=20 if IS_GPU else 1, help="steps of each arm before")
     parser.add_argument("--rounds", type=int, default=2, help="times A-B-C-C-B-A")
     parser.add_argument("--latents", type=int, default=2048, help="in the training set")
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
+    parser.add_argument("--out", type=Path, help="also put the figures into the JSON there, beside other runs")
     options = parser.parse_args()
     if IS_GPU:  # as the baseline does; what is not under autocast gains by it in all arms alike
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    text = json.dumps(_report(options), indent=1)
-    print(text)
+    report = _report(options)
+    print(json.dumps(report, indent=1))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+        runs = json.loads(options.out.read_text()) if options.out.exists() else {}
+        runs[_run_name(options)] = report
+        options.out.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+def _run_name(options: argparse.Namespace) -> str:
+    parts = [DEVICE.type, options.size, f"batch {options.batch}", "compiled" if options.compile else "eager"]
+    return ", ".join([*parts, *(["memory kept"] if "MALLOC_TRIM_THRESHOLD_" in os.environ else [])])
 
 
 def _report(options: argparse.Namespace) -> dict[str, object]:
@@ -262,6 +274,9 @@ def _report(options: argparse.Namespace) -> dict[str, object]:
         "machine": _machine(),
         "clock": "wall, synchronised" if IS_GPU else "CPU time of the process",
         "settings": {name: value for name, value in vars(options).items() if name != "out"},
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(("MALLOC_", "OMP_NUM"))
+        },
         "baseline_precision": "fp16, as it is" if IS_GPU else "fp32: its --mixed_precision no, for want of a GPU",
         "matrix_product_ceiling_tflops": {name: _rounded(value) for name, value in ceilings.items()},
         "counts": counts,
@@ -315,10 +330,13 @@ def _measure(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, dict
     for arm in arms:
         _timed(arm.step, options.warm_up)
     taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    faults: dict[str, list[float]] = {arm.name: [] for arm in arms}
     peaks: dict[str, float] = {}
     for arm in [*arms, *reversed(arms)] * options.rounds:
         before = _start_peak(arm)
+        faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         taken[arm.name].append(_timed(arm.step, options.steps))
+        faults[arm.name].append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before) / options.steps)
         peaks[arm.name] = max(peaks.get(arm.name, 0), _peak_gb(before))
     rows: dict[str, dict[str, object]] = {}
     for name, seconds in taken.items():
@@ -327,6 +345,7 @@ def _measure(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, dict
             "s_a_step": _rounded(median),
             "s_a_step_by_block": [_rounded(value) for value in seconds],
             "first_step_s": _rounded(first[name]),
+            "page_faults_a_step": round(statistics.median(faults[name])),
         }
         if options.compile and name.startswith("ours"):
             rows[name]["compile_s"] = _rounded(first[name] - median)
