@@ -6,6 +6,7 @@ autoencoder is files, too: `autoencoder.json` with weights, or with a reference 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -27,7 +28,7 @@ from derm_pipeline.models.pretrained_vae import (
 from derm_pipeline.models.runtime import load_weights, save_weights
 from derm_pipeline.models.unet import UNet, UNetConfig
 from derm_pipeline.records import SkinType
-from derm_pipeline.store import write_json
+from derm_pipeline.store import replacing, write_json
 
 Classes = Mapping[str, tuple[str, ...]]
 """Every condition that a generator is told, and its classes in order; the null class follows them."""
@@ -84,7 +85,9 @@ class GeneratorSpec(BaseModel):
         return cls.model_validate_json((folder / "generator.json").read_text())
 
     def save(self, folder: Path) -> None:
-        write_json(folder / "generator.json", self.model_dump(mode="json"))
+        # Not write_json, which sorts: the order of the conditions decides which tables the weights belong to.
+        with replacing(folder / "generator.json") as aside:
+            aside.write_text(json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
 
     def whiten(self, latents: Tensor) -> Tensor:
         """Latents (n, c, h, w) to zero mean and unit variance in every channel."""

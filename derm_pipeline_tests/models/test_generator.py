@@ -60,6 +60,21 @@ def test_either_network_is_saved_and_loaded_by_its_kind(config, kind, tmp_path):
     torch.testing.assert_close(loaded(x, time, told), network.eval()(x, time, told))
 
 
+@pytest.mark.parametrize("shape", [DIT, UNET])
+def test_conditions_keep_the_order_in_which_they_were_given(shape, tmp_path):
+    told = {"skin_type": 3, "diagnosis": 2, "age_band": 4}  # not that of the alphabet: the first has a table of its own
+    config = shape.model_copy(update={"conditions": told})
+    classes = {name: tuple(str(number) for number in range(num)) for name, num in told.items()}
+    spec = spec_of(config).model_copy(update={"classes": classes})
+    network = build_network(config)
+    spec.save(tmp_path)
+    save_weights(tmp_path / "weights.safetensors", network.state_dict())
+    loaded, again = load_network(tmp_path, CPU)
+    assert list(loaded.network.conditions) == list(loaded.classes) == list(told)
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+
+
 def test_the_averaged_weights_are_taken_where_there_are_some(tmp_path):
     network = build_network(UNET)
     spec_of(UNET).save(tmp_path)
