@@ -38,7 +38,7 @@ class SamplingConfig(BaseModel):
     """Evaluations of the network for a sample ("heun" takes nearly twice as many)."""
     solver: Solver = "dpm2m"
     """The sampler."""
-    guidance: float = Field(default=1.5, ge=0)
+    guidance: float = Field(default=1.5, ge=0, allow_inf_nan=False)
     """Classifier-free guidance; 1 is none, and halves the work."""
     guidance_interval: tuple[float, float] | None = None
     """Guide between these noise levels sigma / alpha only (0 is clean), which saves the other half; None is all."""

@@ -50,7 +50,7 @@ def read_recipe(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
     Raises:
         RecipeError: no such recipe, broken YAML, a circle of `extends`, or a name that is not the file's.
     """
-    settings: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
     chain: list[str] = []
     following: str | None = name
     while following is not None:
@@ -62,9 +62,11 @@ def read_recipe(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
                 f"{files[following]}: recipes extend each other in a circle ({' -> '.join([*chain, following])})"
             )
         chain.append(following)
-        own = _parse(files[following])
-        following = _extended(own, files[following])
-        settings = _merged(own, settings)
+        layers.append(_parse(files[following]))
+        following = _extended(layers[-1], files[following])
+    settings: dict[str, Any] = {}
+    for own in reversed(layers):  # from the root up: a `kind` that only the root names is known to all above it
+        settings = _merged(settings, own)
     return settings
 
 

@@ -70,6 +70,7 @@ class Recipe(BaseModel):
         _check_network(self)
         if self.synthetic_dataset.image_format == "webp":
             raise ValueError("synthetic_dataset.image_format: webp is for `derm generate`; a recipe takes png or jpeg")
+        _check_sampling(self)
         told = set(self.generator.conditions)
         asked = {"diagnosis"} | ({"skin_type"} if self.synthetic_dataset.skin_types else set())
         if not asked <= told:
@@ -103,6 +104,23 @@ def _check_network(recipe: Recipe) -> None:
     except ValidationError as error:
         said = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
         raise ValueError(f"generator: {said}") from error
+
+
+def _check_sampling(recipe: Recipe) -> None:
+    """Refuse samples that the trained network could not give."""
+    generator, sampling = recipe.generator, recipe.synthetic_dataset
+    if sampling.solver == "ddpm":
+        law = generator.law
+        if law.kind != "ddpm":
+            raise ValueError('synthetic_dataset.solver: "ddpm" needs generator.law {kind: ddpm}; a flow takes "dpm2m"')
+        if sampling.num_steps > law.num_steps:
+            raise ValueError(f"synthetic_dataset.num_steps {sampling.num_steps}: the law has {law.num_steps} steps")
+    hides = max(generator.condition_dropout, generator.condition_dropout_each)
+    if sampling.guidance != 1 and hides == 0:
+        raise ValueError(
+            "generator.condition_dropout must be above 0, or synthetic_dataset.guidance be 1: guidance goes by a "
+            "prediction that was trained with its conditions hidden"
+        )
 
 
 def explain(error: ValidationError, path: Path) -> str:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from derm_pipeline.models.autoencoder import AutoencoderConfig
 from derm_pipeline.models.diffusion import Law, RectifiedFlow
@@ -50,6 +50,14 @@ class GeneratorTraining(BaseModel):
     """The noise law."""
     training: TrainingConfig
     """Budget and optimiser."""
+
+    @field_validator("conditions")
+    @classmethod
+    def _once_each(cls, conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
+        twice = sorted({name for name in conditions if conditions.count(name) > 1})
+        if twice:
+            raise ValueError(f"{list(conditions)} names {twice[0]} more than once")
+        return conditions
 
     def network(self, latent_size: int, channels: int, conditions: Mapping[str, int]) -> NetworkConfig:
         """The network for latents (channels, latent_size, latent_size) and conditions with so many classes.

@@ -36,6 +36,44 @@ def test_a_recipe_is_laid_over_what_it_extends_key_by_key(write):
     assert own.autoencoder == shipped.autoencoder
 
 
+def test_another_kind_of_network_inherits_no_key_however_far_up_the_kind_was_named(write):
+    files = write(
+        base="extends: quickstart\ngenerator: {width: 64, heads: 2}\n",  # a dit, says quickstart
+        own="extends: base\ngenerator: {kind: unet, widths: [32, 64], attention_levels: [],"
+        " training: {num_steps: 3, batch_size: 2, lr: 0.1}}\n",
+    )
+    assert load_recipe("own", files).generator.widths == (32, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("generator: {conditions: [diagnosis, skin_type, diagnosis]}", "names diagnosis more than once"),
+        ("synthetic_dataset: {solver: ddpm}", 'synthetic_dataset.solver: "ddpm" needs'),
+        ("synthetic_dataset: {guidance: .inf}", "synthetic_dataset.guidance: Input should be a finite number"),
+        ("synthetic_dataset: {guidance: .nan}", "synthetic_dataset.guidance: Input should be a finite number"),
+        ("generator: {condition_dropout: 0}", "condition_dropout must be above 0, or synthetic_dataset.guidance be 1"),
+        (
+            "latents: {size_px: 48}\ngenerator: {kind: unet, widths: [32, 32, 32, 32], attention_levels: [], training: "
+            "{num_steps: 3, batch_size: 2, lr: 0.1}}",
+            "latent_size 12 is not a multiple of 8, which the 4 levels of `widths` need: give fewer levels",
+        ),
+    ],
+)
+def test_settings_that_could_not_work_in_a_later_stage_are_refused_in_one_line(write, settings, words):
+    files = write(own=f"extends: quickstart\n{settings}\n")
+    with pytest.raises(RecipeError) as refused:
+        load_recipe("own", files)
+    assert words in str(refused.value)
+    assert str(refused.value).startswith(str(files["own"]))
+    assert "\n" not in str(refused.value)
+
+
+def test_guidance_may_go_by_conditions_that_are_hidden_one_by_one(write):
+    files = write(own="extends: quickstart\ngenerator: {condition_dropout: 0, condition_dropout_each: 0.2}\n")
+    assert load_recipe("own", files).generator.condition_dropout == 0
+
+
 def test_another_kind_of_law_does_not_inherit_the_keys_of_the_first(write):
     own = load_recipe("own", write(own="extends: quickstart\ngenerator: {law: {kind: ddpm, prediction: epsilon}}\n"))
     assert own.generator.law.kind == "ddpm"
