@@ -10,6 +10,7 @@ import click
 from derm_pipeline.cli.shared import UserError, progress_bars, with_workspace
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import Diagnosis, SkinType
+from derm_pipeline.store import Artifact, Store
 
 if TYPE_CHECKING:
     from derm_pipeline.generation import OutputFormat, SampleRequest, SamplingConfig
@@ -60,8 +61,10 @@ def generate(
     from derm_pipeline.models.generator import GeneratorSpec
 
     config = _config(workspace, recipe, settings)
-    made = {asset: workspace.store.current(asset, recipe) for asset in ("generator", "autoencoder")}
+    made = _networks(workspace.store, recipe)
     spec = GeneratorSpec.load(made["generator"].directory)
+    if config.solver == "ddpm" and spec.law.kind != "ddpm":
+        raise UserError('--solver "ddpm" needs a generator of law ddpm; that of this recipe is a flow: take "dpm2m"')
     is_grid = output == "grid"
     requests = _requests(spec, diagnoses, skin_types, tell, count, config, same_noise=is_grid)
     check_requests(requests, spec)
@@ -82,12 +85,33 @@ def generate(
     click.echo(f"{len(requests):,} images ({output}){'' if is_new else ', there already'}: {folder}")
 
 
+def _networks(store: Store, recipe: str) -> dict[str, Artifact]:
+    """The recipe's generator, and the autoencoder that it learnt with: the recipe's own may be a newer one by now."""
+    from derm_pipeline.defs.stages.fitting import autoencoder_of
+
+    if not store.has("generator", recipe):
+        raise UserError(f"generator/{recipe} is not a finished artifact: `derm run {recipe}` makes it")
+    generator = store.current("generator", recipe)
+    reference = autoencoder_of(store, generator)
+    autoencoder = store.get(reference)
+    if autoencoder is None:
+        raise UserError(f"{reference}, with which {generator.reference} learnt, is gone: run the recipe again")
+    return {"generator": generator, "autoencoder": autoencoder}
+
+
 def _config(workspace: Workspace, recipe: str, settings: dict[str, Any]) -> SamplingConfig:
     """The recipe's own settings, but for what the command says."""
+    from pydantic import ValidationError
+
     names = {"steps": "num_steps", "compiled": "compile"}
     said = {names.get(name, name): value for name, value in settings.items() if value is not None}
     recipes_own = workspace.recipe(recipe).synthetic_dataset
-    return type(recipes_own).model_validate(recipes_own.model_dump() | said)
+    try:
+        return type(recipes_own).model_validate(recipes_own.model_dump() | said)
+    except ValidationError as error:
+        options = {name: option for option, name in names.items()}
+        key, *_ = error.errors()[0]["loc"] or ("settings",)
+        raise UserError(f"--{options.get(str(key), str(key)).replace('_', '-')}: {error.errors()[0]['msg']}") from error
 
 
 def _licences(workspace: Workspace, recipe: str) -> list[str]:
@@ -123,6 +147,10 @@ def _further(tell: tuple[str, ...]) -> dict[str, str]:
     pairs = [said.partition("=") for said in tell]
     wrong = [name + sign + value for name, sign, value in pairs if not (name and sign and value)]
     wrong += [f"{name} (it has an option of its own)" for name, _, _ in pairs if name in ("diagnosis", "skin_type")]
+    told = [name for name, _, _ in pairs]
+    twice = [name for name in told if told.count(name) > 1]
+    if twice:
+        raise UserError(f"--tell {twice[0]}: one value for all; run the command once for each")
     if wrong:
         raise UserError(f"--tell {wrong[0]}: say NAME=VALUE, as sex=female")
     return {name: value for name, _, value in pairs}

@@ -105,7 +105,10 @@ def generate_folder(
     config = config.model_copy(update={"image_format": output if output in ("png", "webp", "jpeg") else "png"})
     request = request_of(requests, config, output, recipe=recipe, generator=generator, autoencoder=autoencoder)
     _refuse_others(out, request)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+        raise ValueError(f"{out} cannot be a folder: {error.strerror}") from error
     with _locked(out, fcntl.LOCK_EX):
         if (out / METADATA).is_file():
             return False

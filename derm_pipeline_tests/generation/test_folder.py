@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from derm_pipeline.cli.generate import generate
 from derm_pipeline.cli.store import lineage
 from derm_pipeline.generation import drawing, read_provenance
 from derm_pipeline.images import read_image
+from derm_pipeline.store import Request
 from derm_pipeline_tests.conftest import new_project
 from derm_pipeline_tests.generation.networks import generator_at, with_networks
 
@@ -114,6 +116,29 @@ def test_a_grid_has_a_row_a_diagnosis_and_the_same_noise_in_a_column(project):
     assert read_image(everything / "samples.png").shape == (7 * 34 + 2, 34 + 2, 3)
 
 
+def test_the_autoencoder_is_the_one_that_the_generator_learnt_with(project):
+    """A run that was stopped between the two leaves a newer autoencoder beside an older generator."""
+    folder = folder_of(derm_generate(project, *ASKED))
+    before = contents(folder)
+    learnt_with = project.workspace.store.current("autoencoder", "tiny")
+    newer = Request("autoencoder", "tiny", {}, {"newer": True}, "1")
+    project.workspace.store.obtain(newer, lambda build: build.write_json("autoencoder.json", {}))
+    shutil.rmtree(folder)
+    assert folder_of(derm_generate(project, *ASKED)) == folder
+    assert contents(folder) == before
+    shutil.rmtree(learnt_with.directory)
+    assert "is gone: run the recipe again" in derm_generate(project, *ASKED, "--seed", 3).stderr
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(project, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = derm_generate(project, *ASKED, "--out", tmp_path / "file" / "below")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("derm: ")
+    assert "below cannot be a folder: Not a directory" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_what_cannot_be_drawn_is_said_in_one_line(project, tmp_path, networks):
     def said(*arguments):
         result = derm_generate(project, *arguments)
@@ -126,6 +151,9 @@ def test_what_cannot_be_drawn_is_said_in_one_line(project, tmp_path, networks):
     assert "the generator is told ['diagnosis', 'skin_type'] only" in said("--tell", "sex=female")
     assert "say NAME=VALUE" in said("--tell", "sex")
     assert "say NAME=VALUE" in said("--tell", "diagnosis=mel")
+    assert "--tell sex: one value" in said("--tell", "sex=female", "--tell", "sex=male")
+    assert said("--guidance", "nan").splitlines() == ["derm: --guidance: Input should be a finite number"]
+    assert "needs a generator of law ddpm" in said("--solver", "ddpm")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     assert "holds other files" in said(*ASKED, "--out", tmp_path / "mine")

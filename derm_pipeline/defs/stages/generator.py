@@ -9,20 +9,18 @@ import numpy as np
 import pyarrow as pa
 
 from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, RECORDS, SPLITS, decode_mask, image_files
+from derm_pipeline.defs.stages.fitting import autoencoder_of, check_fits, labels_of, train_counts
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.records import AgeBand, Diagnosis, SkinType, Split, canonical
+from derm_pipeline.records import Diagnosis, Split, canonical
 from derm_pipeline.splits import light_dark_split
 from derm_pipeline.store import Artifact, Build, Reference, Request
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
-
-    from derm_pipeline.generation import Cell
     from derm_pipeline.images import Pixels
     from derm_pipeline.latents import ImageFile, LatentConfig, Restore
-    from derm_pipeline.models.generator import AnyAutoencoder, Classes
+    from derm_pipeline.models.generator import AnyAutoencoder
     from derm_pipeline.recipes.model import Recipe
     from derm_pipeline.training.training_set import Selection
 
@@ -35,7 +33,7 @@ CODE_VERSIONS = {
     "evaluation_set": "1",
     "autoencoder": "2",
     "latents": "2",
-    "generator": "2",
+    "generator": "3",
     "synthetic_dataset": "1",
 }
 """Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
@@ -203,6 +201,7 @@ def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) 
         from derm_pipeline.training.settings import AutoencoderTraining
         from derm_pipeline.training.stopping import stop_on_signal
 
+        check_fits(recipe, rows.table(TRAINING_SET))
         images = squares(workspace, recipe, rows.table(TRAINING_SET))
         losses: list[float] = []
         model: AnyAutoencoder
@@ -315,6 +314,7 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
         from derm_pipeline.training.stopping import stop_on_signal
 
         table = rows.table(TRAINING_SET)
+        check_fits(recipe, table)
         names = list(dict.fromkeys(("diagnosis", *recipe.generator.conditions)))
         classes = condition_classes(names, canonical(table["diagnosis"].to_pylist()))
         digests, tensors = open_moments(moments.directory)
@@ -323,7 +323,7 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
         with stop_on_signal() as stop_when:
             spec, model, trained = train_generator(
                 tensors,
-                _labels(table, classes),
+                labels_of(table, classes),
                 classes,
                 recipe.generator,
                 work=build.work,
@@ -345,32 +345,16 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
     return store.obtain(request, make)
 
 
-def _labels(table: pa.Table, classes: Classes) -> dict[str, Tensor]:
-    """The class indices of every row, by condition."""
-    import torch
-
-    from derm_pipeline.models.generator import class_index
-
-    return {
-        name: torch.tensor([class_index(classes, name, value) for value in _values(table, name)]) for name in classes
-    }
-
-
-def _values(table: pa.Table, condition: str) -> list[str | int | None]:
-    """What is known of every row."""
-    if condition != "age_band":
-        found: list[str | int | None] = table[condition].to_pylist()
-        return found
-    ages = zip(table["age_years"].to_pylist(), table["age_range"].to_pylist(), strict=True)
-    return [
-        AgeBand.of(years) if years is not None else AgeBand.of_range(span) if span else None for years, span in ages
-    ]
-
-
 def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress | None = None) -> Artifact:
     """The samples that the recipe asks for, in the imagefolder convention, each with its provenance."""
     recipe, store = workspace.recipe(name), workspace.store
     used = {asset: store.current(asset, name) for asset in ("generator", "autoencoder", "training_set")}
+    learnt_of = autoencoder_of(store, used["generator"]).content_digest
+    if learnt_of != used["autoencoder"].manifest.content_digest:
+        raise ValueError(
+            f"{used['generator'].reference} learnt latents of another autoencoder than "
+            f"{used['autoencoder'].reference}: materialise latents and generator again"
+        )
     inputs = {asset: artifact.reference for asset, artifact in used.items()}
     settings = {"synthetic_dataset": recipe.synthetic_dataset.model_dump(mode="json")}
     request = Request("synthetic_dataset", name, inputs, settings, CODE_VERSIONS["synthetic_dataset"])
@@ -410,12 +394,3 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
         )
 
     return store.obtain(request, make)
-
-
-def train_counts(table: pa.Table) -> dict[Cell, int]:
-    """How many training images each diagnosis and skin type has."""
-    counts: dict[Cell, int] = {}
-    for diagnosis, skin_type in zip(table["diagnosis"].to_pylist(), table["skin_type"].to_pylist(), strict=True):
-        cell = (Diagnosis(diagnosis), SkinType(skin_type) if skin_type else None)
-        counts[cell] = counts.get(cell, 0) + 1
-    return counts
