@@ -105,12 +105,15 @@ def generate_folder(
     config = config.model_copy(update={"image_format": output if output in ("png", "webp", "jpeg") else "png"})
     request = request_of(requests, config, output, recipe=recipe, generator=generator, autoencoder=autoencoder)
     _refuse_others(out, request)
+    if (out / METADATA).is_file() and not (out / _WORK).exists():  # asks for no lock: it may lie where nobody writes
+        return False
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
         raise ValueError(f"{out} cannot be a folder: {error.strerror}") from error
     with _locked(out, fcntl.LOCK_EX):
         if (out / METADATA).is_file():
+            shutil.rmtree(out / _WORK, ignore_errors=True)  # of who was killed after the last file
             return False
         if not (out / REQUEST).is_file():
             write_json(out / REQUEST, request)

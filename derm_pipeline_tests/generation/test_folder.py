@@ -130,6 +130,17 @@ def test_the_autoencoder_is_the_one_that_the_generator_learnt_with(project):
     assert "is gone: run the recipe again" in derm_generate(project, *ASKED, "--seed", 3).stderr
 
 
+def test_a_finished_folder_asks_for_no_lock_and_what_a_kill_left_in_it_goes(project, monkeypatch):
+    folder = folder_of(derm_generate(project, *ASKED))
+    before = contents(folder)
+    (folder / ".work").mkdir()
+    (folder / ".work" / "samples-00000000-0.npy").write_bytes(b"0")
+    assert "there already" in derm_generate(project, *ASKED).stdout
+    assert contents(folder) == before
+    monkeypatch.setattr("fcntl.flock", lambda *_: pytest.fail("locked"))
+    assert "there already" in derm_generate(project, *ASKED).stdout
+
+
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(project, tmp_path):
     (tmp_path / "file").write_text("mine")
     result = derm_generate(project, *ASKED, "--out", tmp_path / "file" / "below")
