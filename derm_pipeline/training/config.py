@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from derm_pipeline.models.runtime import Precision
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(BaseModel):
@@ -28,7 +30,7 @@ class TrainingConfig(BaseModel):
     """Examples a step, of all processes together."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Examples that a process holds at once; gradients are accumulated over the rest. null: all of its part."""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, allow_inf_nan=False)
     """AdamW's peak learning rate."""
     warmup_steps: int = Field(default=50, ge=0)
     """Steps over which the rate rises linearly."""
@@ -47,7 +49,7 @@ class TrainingConfig(BaseModel):
     """AdamW's weight decay."""
     decay_matrices_only: bool = False
     """Whether weight decay spares parameters of less than two dimensions: biases and norms."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     """AdamW's moment decays."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Gradient norm above which gradients are scaled down; null never does."""

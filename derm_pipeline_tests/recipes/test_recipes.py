@@ -105,6 +105,11 @@ def test_another_kind_of_law_does_not_inherit_the_keys_of_the_first(write):
         ("extends: quickstart\ntraining_set: {caption: long}\n", ["training_set.caption", "'skin_diff'", "'visual'"]),
         ("extends: quickstart\ntraining_set: {diagnoses: [mole]}\n", ["training_set.diagnoses", "'psoriasis'"]),
         ("extends: quickstart\nname: other\n", ["name", "called as its file is"]),
+        ("extends: quickstart\ngenerator: {training: {lr: .inf}}\n", ["generator.training.lr", "finite"]),
+        (
+            "extends: quickstart\ngenerator: {training: {betas: [1.5, 0.9]}}\n",
+            ["generator.training.betas.0", "less than 1"],
+        ),
         ("extends: quickstart\nlatents: {size_px: 70}\n", ["latents.size_px 70 is not a multiple of 8"]),
         ("extends: quickstart\ngenerator: {width: 100}\n", ["generator: width 100", "heads 3", "take width 96 or 108"]),
         ("extends: quickstart\ngenerator: {conditions: [diagnosis]}\n", ["generator.conditions", "skin_types be []"]),
