@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from derm_pipeline.cli.generate import generate
+from derm_pipeline.cli import main
 from derm_pipeline.defs.overview import trace, tree_lines
 from derm_pipeline.store import StoreError
 from derm_pipeline_tests.conftest import new_project
@@ -33,7 +33,7 @@ def drawn(project):
 
     def draw(output):
         told = ["--recipe", "tiny", "--diagnosis", "mel", "--skin-type", "2", "--count", "5", "--format", output]
-        result = CliRunner().invoke(generate, [*told, "--data", str(project.data), "--raw", str(project.raw)])
+        result = CliRunner().invoke(main, ["generate", *told, "--data", str(project.data), "--raw", str(project.raw)])
         assert result.exit_code == 0, result.output
         return Path(result.stdout.strip().rpartition(": ")[2])
 

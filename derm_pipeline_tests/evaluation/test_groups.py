@@ -206,7 +206,7 @@ def test_the_worst_group_is_the_least_of_its_axis(rng):
         assert row.difference == pytest.approx(row.group_max - row.group_min)
         assert row.ratio == pytest.approx(row.group_min / row.group_max)
         assert row.num_groups == len(same)
-        assert row.null_minimum <= same.value.mean()
+        assert row.null_minimum <= same.value.mean() + 0.01  # it is simulated
 
 
 def test_six_groups_of_recall_080_and_30_images_show_a_minimum_of_0705():

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from derm_pipeline.cli.generate import generate
-from derm_pipeline.cli.store import lineage
+from derm_pipeline.cli import main
 from derm_pipeline.generation import drawing, read_provenance
 from derm_pipeline.images import read_image
 from derm_pipeline.store import Request
@@ -35,7 +34,7 @@ def project(tmp_path, networks):
 
 def derm_generate(project, *arguments):
     told = ["--recipe", "tiny", *arguments, "--data", project.data, "--raw", project.raw]
-    return CliRunner().invoke(generate, [str(argument) for argument in told])
+    return CliRunner().invoke(main, ["generate", *(str(argument) for argument in told)])
 
 
 def folder_of(result):
@@ -68,7 +67,7 @@ def test_images_are_drawn_as_asked_and_lead_back_to_their_generator(project):
     named = json.loads((folder / "request.json").read_text())["generator"]
     reference = "/".join(named[part] for part in ("asset", "partition", "key"))
     assert f"derm lineage {reference}" in (folder / "README.md").read_text()
-    walk = CliRunner().invoke(lineage, [reference, "--data", str(project.data)])
+    walk = CliRunner().invoke(main, ["lineage", reference, "--data", str(project.data)])
     assert walk.exit_code == 0
     assert str(generator.reference) in walk.output
 
