@@ -6,6 +6,7 @@ Pages: https://challenge.isic-archive.com/data/#2018, #2019 and #2020.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ SITES = {
 TSCHANDL = "Tschandl, Rosendahl and Kittler: The HAM10000 dataset. Scientific Data 5, 180161 (2018)"
 
 
-class _Challenge:
+class _Challenge(ABC):
     """What the three have in common."""
 
     licence = "CC BY-NC 4.0"
@@ -45,9 +46,9 @@ class _Challenge:
         self.list_images(folder)
         self.layout.require_images(folder)
 
+    @abstractmethod
     def list_images(self, folder: Path) -> Listing:
         """See `Source.list_images`."""
-        raise NotImplementedError
 
     def fingerprint(self, folder: Path) -> str:
         """See `Source.fingerprint`."""

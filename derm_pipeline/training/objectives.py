@@ -23,7 +23,6 @@ from derm_pipeline.training.settings import AutoencoderTraining, GeneratorTraini
 __all__ = [
     "AutoencoderObjective",
     "GeneratorObjective",
-    "draw_latents",
     "example_chances",
     "latents_of",
     "psnr_db",
@@ -223,12 +222,6 @@ def _spec(moments: Tensor | Moments, classes: Classes, config: GeneratorTraining
         latent_mean=tuple(statistics["mean"]),
         latent_std=tuple(statistics["std"]),
     )
-
-
-def draw_latents(moments: Tensor, stream: torch.Generator) -> Tensor:
-    """Latents (n, c, h, w) drawn from moments (n, 2 c, h, w)."""
-    shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-    return latents_of(moments, torch.randn(shape, generator=stream).to(moments.device))
 
 
 def latents_of(moments: Tensor, noise: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from derm_pipeline.training.loop import CheckpointError, Interrupted, TrainingCo
 from derm_pipeline.training.objectives import (
     AutoencoderObjective,
     GeneratorObjective,
-    draw_latents,
     example_chances,
+    latents_of,
     psnr_db,
     reconstruct,
     train_autoencoder,
@@ -98,7 +98,7 @@ def test_the_chances_of_a_diagnosis_follow_its_count_to_the_power_of_one_less_ba
 def test_latents_are_drawn_with_the_moments_given():
     mean, std = torch.randn(3, 2, 2), torch.rand(3, 2, 2) + 0.1
     moments = torch.cat([mean, 2 * std.log()]).half().expand(20_000, -1, -1, -1)
-    latents = draw_latents(moments, torch.Generator().manual_seed(1))
+    latents = latents_of(moments, torch.randn(20_000, 3, 2, 2, generator=torch.Generator().manual_seed(1)))
     assert latents.shape == (20_000, 3, 2, 2)
     assert latents.dtype == torch.float32
     assert (latents.mean(0) - mean).abs().max() < 0.05
@@ -174,7 +174,9 @@ def test_one_draw_is_what_it_always_was(tmp_path):
     chances = example_chances(labels["diagnosis"], 1.0).cumsum(0)
     rows = torch.searchsorted(chances, torch.rand(16, generator=stream, dtype=torch.float64))
     orientations = torch.randint(2, (16,), generator=stream)
-    latents = spec.whiten(draw_latents(moments[rows, orientations], stream))
+    chosen = moments[rows, orientations]
+    shape = (len(chosen), chosen.shape[1] // 2, *chosen.shape[2:])
+    latents = spec.whiten(latents_of(chosen, torch.randn(shape, generator=stream)))
     hidden = torch.rand(16, generator=stream) < 0.1
     told = {name: torch.where(hidden, len(CLASSES[name]), labels[name][rows]) for name in CLASSES}
     torch.manual_seed(0)

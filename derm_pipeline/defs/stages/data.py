@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from derm_pipeline.captions.descriptors import measure
-from derm_pipeline.captions.metadata import caption_styles
+from derm_pipeline.captions.metadata import caption_styles, num_without_own
 from derm_pipeline.captions.segmentation import see
 from derm_pipeline.captions.symptoms import ImageToCaption, LlavaNextConfig, OpenAiConfig
 from derm_pipeline.captions.visual import (
@@ -25,7 +25,7 @@ from derm_pipeline.captions.visual import (
 )
 from derm_pipeline.defs.stages.rowwise import OnProgress, row_wise
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.duplicates import in_two_splits, join_counts, near_duplicates
+from derm_pipeline.duplicates import in_two_splits, join_counts, near_duplicates, shared_images
 from derm_pipeline.hair import HairConfig, detect_hair
 from derm_pipeline.images import decode, encode_png, read_bytes
 from derm_pipeline.latents import ImageFile
@@ -38,7 +38,7 @@ RECORDS, QUARANTINED = "records.parquet", "quarantined.parquet"
 STATISTICS, LABELS, NEAR_DUPLICATES = "statistics.parquet", "labels.parquet", "near_duplicates.parquet"
 HAIR = "hair.parquet"
 DESCRIPTORS, CAPTIONS = "descriptors.parquet", "captions.parquet"
-SPLITS, GONE = "splits.parquet", "gone.parquet"
+SPLITS, GONE, SHARED = "splits.parquet", "gone.parquet", "shared_images.parquet"
 
 CODE_VERSIONS = {
     "records": "3",
@@ -292,7 +292,8 @@ def metadata_captions(workspace: Workspace, source: str) -> Artifact:
         rows = used["records"].table(RECORDS)
         is_hairy = used["hair"].table(HAIR, ["is_hairy"])["is_hairy"].to_pylist()
         measured = used["descriptors"].table(DESCRIPTORS).to_pylist()
-        texts = caption_styles(rows.to_pylist(), is_hairy, measured)
+        records = rows.to_pylist()
+        texts = caption_styles(records, is_hairy, measured)
         captions = rows.select(["source", "image_id", "sha256"])
         for style, of_style in texts.items():
             captions = captions.append_column(style, pa.array(of_style, pa.string()))
@@ -300,6 +301,7 @@ def metadata_captions(workspace: Workspace, source: str) -> Artifact:
         build.counts.update(
             num_captions=captions.num_rows,
             num_distinct={style: len(set(of_style)) for style, of_style in texts.items()},
+            num_without_own=num_without_own(records),
             example={style: of_style[0] for style, of_style in texts.items()},
         )
 
@@ -322,6 +324,7 @@ def splits(workspace: Workspace) -> Artifact:
         assigned = assign_splits(rows, known, config)
         build.write_table(SPLITS, assigned)
         build.write_table(GONE, gone_rows(known, assigned))
+        build.write_table(SHARED, shared_images(rows))
         near = near_duplicates(pa.concat_tables(artifact.table(STATISTICS) for artifact in tables.values()))
         apart = in_two_splits(near.pairs, assigned)
         build.write_table(NEAR_DUPLICATES, apart)

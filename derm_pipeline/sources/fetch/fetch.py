@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
-import pooch  # type: ignore[import-untyped]  # it has no type marker
+import pooch
 import requests
 
 from derm_pipeline.artifacts import digest_of_file, write_json

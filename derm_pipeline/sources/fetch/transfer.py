@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pooch  # type: ignore[import-untyped]  # it has no type marker
+import pooch
 import requests
 
 from derm_pipeline import __version__
