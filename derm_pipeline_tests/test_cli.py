@@ -121,6 +121,15 @@ def test_a_table_that_cannot_be_read_is_said_where_the_sources_are_listed(derm, 
     assert "has no column" in text
 
 
+def test_rows_that_cannot_be_used_are_counted_and_the_first_is_named(derm, empty):
+    folder = empty.raw / "pad_ufes20"
+    folder.mkdir(parents=True)
+    columns = "patient_id;lesion_id;age;gender;fitspatrick;region;diagnostic;img_id"
+    (folder / "metadata.csv").write_text(f"{columns}\nP1;1;44;MALE;3.0;NOSE;WRT;PAT_1_1\n")
+    text = derm("sources", "pad_ufes20", project=empty).output
+    assert "0 rows; 1 rows or files cannot be used, the first: PAT_1_1, table line 2: diagnostic 'WRT'" in text
+
+
 def test_fetching_says_where_to_apply_and_asks_for_the_licence_first(derm, empty):
     applied = derm("fetch", "d7p", project=empty)
     assert applied.exit_code == 1

@@ -54,11 +54,17 @@ def _facts(workspace: Workspace, name: str) -> list[str]:
         diagnoses = Counter(candidate.diagnosis for candidate in listing.candidates)
         counts = [f"{one.value} {diagnoses[one]:,}" for one in canonical(filter(None, diagnoses))]
         counts += [f"none {diagnoses[None]:,}"] if diagnoses[None] else []
-        quarantined = f"; {len(listing.quarantined):,} rows or files cannot be used" if listing.quarantined else ""
+        quarantined = ""
+        if bad := listing.quarantined:
+            first = f"{bad[0].image_id or bad[0].file or 'a row'}, {bad[0].reason}"
+            quarantined = f"; {len(bad):,} rows or files cannot be used, the first: {first}"
         num_missing = sum(candidate.file is None for candidate in listing.candidates)
         packed = " (zip archives are unpacked when first used)" if any(folder.glob("**/*.zip")) else ""
         missing = f"; {num_missing:,} image files are missing{packed}" if num_missing else ""
-        state, rows = "found", f"  {len(listing.candidates):,} rows: {', '.join(counts)}{missing}{quarantined}"
+        state, rows = (
+            "found",
+            f"  {len(listing.candidates):,} rows{': ' * bool(counts)}{', '.join(counts)}{missing}{quarantined}",
+        )
     lines = [f"{name}: {source.title}: {state}", f"  {folder}", rows, f"  licence: {source.licence}"]
     return [line for line in [*lines, f"  get it: {_getting(name)}"] if line.strip()]
 
