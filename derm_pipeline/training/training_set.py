@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from derm_pipeline.captions.metadata import CaptionStyle
 from derm_pipeline.records import Diagnosis, Split, canonical
@@ -26,6 +26,9 @@ class TrainingSetConfig(BaseModel):
     """groups: that of all sources, whole groups at a time; light_dark: learn from light skin, test on dark."""
     diagnoses: tuple[Diagnosis, ...] = ()
     """What is learnt and judged; where none is named, every diagnosis that the training images have."""
+    min_images: int = Field(default=1, ge=1)
+    """Images of a diagnosis in the train split, doubles not counted, from which on it is learnt and judged; rarer ones
+    are left out, by name in the counts."""
     caption: Literal[CaptionStyle, "visual"] = "rich"
     """Which caption goes with an image: a style of the metadata captions, or the visual one."""
     remove_hair: bool = False
@@ -43,6 +46,8 @@ class Selection:
     joined: Mapping[str, int]
     """Images left out as another image's double, by what they share (archive_id, digest); and of these the number
     whose diagnosis is not that of the image that is used (other_diagnosis)."""
+    rare: Mapping[str, int] = field(default_factory=dict)
+    """Images of each diagnosis that has too few of them."""
 
 
 def select_rows(
@@ -68,7 +73,11 @@ def select_rows(
         "double": int(is_double.sum()),
     }
     rows = rows.filter(pa.array(~is_double)).sort_by([("source", "ascending"), ("image_id", "ascending")])
-    return Selection(rows, left_out, joined)
+    rare = {name: count for name, count in diagnosis_counts(rows).items() if count < config.min_images}
+    if rare:
+        left_out["rare diagnosis"] = sum(rare.values())
+        rows = rows.filter(pc.invert(pc.is_in(rows["diagnosis"], value_set=pa.array(list(rare)))))
+    return Selection(rows, left_out, joined, rare)
 
 
 def _doubles(rows: pa.Table) -> tuple[np.ndarray, dict[str, int]]:

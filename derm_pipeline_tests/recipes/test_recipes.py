@@ -1,8 +1,14 @@
 """Recipes: what is shipped loads, what is extended is filled in, what is wrong is named."""
 
-import pytest
+import re
 
+import pytest
+import torch
+
+from derm_pipeline.models.generator import build_network
 from derm_pipeline.recipes import SHIPPED, RecipeError, load_recipe, read_recipe, recipe_files, recipe_sources
+
+SHIPPED_NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 @pytest.fixture
@@ -15,7 +21,7 @@ def write(tmp_path):
     return written
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+@pytest.mark.parametrize("name", SHIPPED_NAMES)
 def test_every_shipped_recipe_loads(name):
     recipe = load_recipe(name, recipe_files())
     assert recipe.name == name
@@ -148,9 +154,7 @@ def test_bytes_that_are_no_text_are_named_with_their_file(tmp_path):
 
 
 def test_an_unknown_recipe_is_an_error_that_names_those_there_are():
-    with pytest.raises(
-        RecipeError, match=r"'nothing' is not a recipe; there are dit, dit_b, dit_xl, ham10000, ham10000_fast, ldm, "
-    ):
+    with pytest.raises(RecipeError, match=r"'nothing' is not a recipe; there are dit, dit_b, dit_scin, dit_xl, ham1"):
         load_recipe("nothing", recipe_files())
 
 
@@ -179,6 +183,31 @@ def test_the_recipes_of_published_networks_have_their_number_of_weights(name, nu
     recipe = load_recipe(name, recipe_files())
     network = recipe.generator.network(recipe.latents.size_px // 8, 4, {"diagnosis": 7})
     assert num_parameters(network) == num_weights
+
+
+@pytest.mark.parametrize("name", SHIPPED_NAMES)
+def test_a_shipped_recipe_fits_its_autoencoder_and_has_the_number_of_weights_that_its_comment_says(name):
+    recipe, text = load_recipe(name, recipe_files()), (SHIPPED / f"{name}.yaml").read_text()
+    choice = recipe.autoencoder
+    downsampling, channels = (8, 4) if choice.kind == "pretrained" else (choice.network.downsampling, 4)
+    classes = {"diagnosis": 7, "skin_type": 6}
+    told = {condition: classes[condition] for condition in recipe.generator.conditions}
+    with torch.device("meta"):
+        network = build_network(recipe.generator.network(recipe.latents.size_px // downsampling, channels, told))
+    num_weights = sum(tensor.numel() for tensor in network.state_dict().values())
+    said = re.findall(r"([\d.]+) M weights", text)
+    assert said == [f"{num_weights / 1e6:.1f}"] * len(said)
+    assert said or name not in ("quickstart", "dit", "dit_b", "dit_scin", "dit_xl", "ldm")
+
+
+@pytest.mark.parametrize("name", ["dit_scin", "ldm_scin"])
+def test_recipes_of_scin_are_told_condition_and_skin_type_and_ask_for_both(name):
+    recipe = load_recipe(name, recipe_files())
+    assert recipe.sources == ("scin",)
+    assert recipe.generator.conditions == ("diagnosis", "skin_type")
+    assert len(recipe.synthetic_dataset.skin_types) == 6
+    assert recipe.training_set.min_images == 100
+    assert recipe.generator.law == load_recipe(name.removesuffix("_scin"), recipe_files()).generator.law
 
 
 def test_a_u_net_takes_the_place_of_the_transformer_with_settings_of_its_own(write):

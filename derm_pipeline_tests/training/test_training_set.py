@@ -65,6 +65,21 @@ def test_a_second_record_of_the_same_bytes_is_left_out():
     assert found.left_out["double"] == found.joined["digest"] == len(marks) - marks.count(None)
 
 
+def test_diagnoses_with_too_few_images_are_left_out_by_name_and_doubles_do_not_help_them():
+    records, splits = some_rows()
+    splits = with_column(splits, "split", ["train"] * splits.num_rows)
+    records = with_column(records, "diagnosis", ["mel"] * 3 + ["df"] * 6 + ["nv"] * (records.num_rows - 9))
+    records = with_column(records, "duplicate_of", [None] * 6 + ["x"] * 3 + [None] * (records.num_rows - 9))
+    found = select_rows(records, splits, Split.TRAIN, TrainingSetConfig(min_images=4))
+    assert set(found.rows["diagnosis"].to_pylist()) == {"nv"}
+    assert found.rare == {"df": 3, "mel": 3}
+    assert found.left_out["rare diagnosis"] == 6
+    every = select_rows(records, splits, Split.TRAIN, TrainingSetConfig(min_images=3))
+    assert every.rare == {}
+    assert every.rows.num_rows == records.num_rows - 3
+    assert "rare diagnosis" not in every.left_out
+
+
 def joined_rows(**second):
     """An image of source a and one of source b, both in train."""
     first = {"source": "a", "image_id": "ISIC_0000091", "sha256": "1" * 64, "diagnosis": "nv"}

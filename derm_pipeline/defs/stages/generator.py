@@ -68,6 +68,7 @@ def training_set(workspace: Workspace, name: str) -> Artifact:
             diagnoses=diagnosis_counts(rows),
             left_out=dict(selected.left_out),
             joined=dict(selected.joined),
+            rare_diagnoses=dict(selected.rare),
         )
 
     return store.obtain(request, make)
@@ -83,9 +84,8 @@ def evaluation_set(workspace: Workspace, name: str) -> Artifact:
     request = Request("evaluation_set", name, inputs, _selection_settings(recipe), CODE_VERSIONS["evaluation_set"])
 
     def make(build: Build) -> None:
-        learnt = recipe.training_set.diagnoses or canonical(
-            rows_of(workspace, recipe, Split.TRAIN).rows["diagnosis"].to_pylist()
-        )
+        named = recipe.training_set.diagnoses if recipe.training_set.min_images == 1 else ()
+        learnt = named or canonical(rows_of(workspace, recipe, Split.TRAIN).rows["diagnosis"].to_pylist())
         found = {split: rows_of(workspace, recipe, split, learnt) for split in (Split.VAL, Split.TEST)}
         parts = {split: selection.rows for split, selection in found.items()}
         empty = [split.value for split, rows in parts.items() if rows.num_rows == 0]
@@ -111,7 +111,8 @@ def _inputs_by_source(workspace: Workspace, recipe: Recipe, asset: str) -> dict[
 
 
 def _selection_settings(recipe: Recipe) -> dict[str, object]:
-    config = recipe.training_set.model_dump(mode="json", include={"split", "diagnoses"})
+    deciding = {"split", "diagnoses"} | ({"min_images"} if recipe.training_set.min_images > 1 else set())
+    config = recipe.training_set.model_dump(mode="json", include=deciding)
     return {"training_set": config, "sources": list(recipe.sources)}
 
 
@@ -123,7 +124,7 @@ def rows_of(
 
     config = recipe.training_set
     if diagnoses is not None:
-        config = config.model_copy(update={"diagnoses": tuple(diagnoses)})
+        config = config.model_copy(update={"diagnoses": tuple(diagnoses), "min_images": 1})
     return select_rows(_records_of(workspace, recipe), splits_of(workspace, recipe), split, config)
 
 
