@@ -14,7 +14,7 @@ from torch import Tensor
 from derm_pipeline.models import samplers
 from derm_pipeline.models.guidance import Conditional, Guided, guided
 from derm_pipeline.models.laws import DDPM, Denoise, Grid, Law, RectifiedFlow
-from derm_pipeline.models.samplers import noise_for
+from derm_pipeline.models.samplers import Start, noise_for
 
 __all__ = [
     "DDPM",
@@ -24,6 +24,7 @@ __all__ = [
     "Law",
     "RectifiedFlow",
     "Solver",
+    "Start",
     "guided",
     "noise_for",
     "sample",
@@ -44,6 +45,7 @@ def sample(
     seeds: Sequence[int] | Tensor | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
+    start: Start | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents (n, c, h, w) from standard normal noise of that shape; row i depends on row i alone.
@@ -63,11 +65,13 @@ def sample(
             "10,15,25", "ddim50". None is `law.grid`, and for "ddpm" the spacing "`num_steps`".
         eta: Part of the posterior's deviation, [0, 1], that "ddim" adds as fresh noise; with 1 it is "ddpm" without a
             learned variance. Only for DDPM.
-        on_progress: Called as (steps done, `num_steps`).
+        start: Latents to begin from, at the level of noise where the steps that are left begin; what they keep is
+            kept after every step. None is pure noise.
+        on_progress: Called as (steps done, steps in all).
 
     Raises:
         ValueError: no steps; a solver, spacing or eta that the law does not have; a spacing of another number of
-            steps; noise in the steps without one seed a row.
+            steps; noise in the steps without one seed a row; a start of another shape, or of no strength in [0, 1].
     """
     if num_steps < 1:
         raise ValueError(f"cannot sample in {num_steps} steps; at least 1 is needed")
@@ -78,18 +82,42 @@ def sample(
     if solver == "ddpm" or eta > 0:
         _check_seeds(seeds, len(noise), solver)
     grid = _grid(law, num_steps, str(num_steps) if solver == "ddpm" and spacing is None else spacing)
-    stage = samplers.Stage(denoise, law, grid, noise, seeds=seeds, report=on_progress or (lambda done, total: None))
-    if solver == "ddpm":
-        return samplers.ancestral(stage, noise)
+    x = noise
+    if start is not None:
+        grid, x = _begin(start, grid, noise)
+        if len(grid.times) == 0:
+            return x
+    report = on_progress or (lambda done, total: None)
+    stage = samplers.Stage(denoise, law, grid, noise, seeds=seeds, start=start, report=report)
     if solver == "ddim":
-        return samplers.ddim(stage, noise, eta)
+        return samplers.ddim(stage, x, eta)
     solvers = {
         "dpm2m": samplers.dpm2m,
         "unipc": samplers.unipc,
         "euler": samplers.first_order,
         "heun": samplers.heun,
+        "ddpm": samplers.ancestral,
     }
-    return solvers[solver](stage, noise)
+    return solvers[solver](stage, x)
+
+
+def _begin(start: Start, grid: Grid, noise: Tensor) -> tuple[Grid, Tensor]:
+    """What is left of the grid, and x where it begins: the start's latents with noise, or noise alone."""
+    if not 0 <= start.strength <= 1:
+        raise ValueError(f"strength {start.strength} is no part of the steps: give 0 (all is kept) to 1 (pure noise)")
+    count, _, *sides = noise.shape
+    if start.latents.shape != noise.shape or (start.keep is not None and start.keep.shape != (count, 1, *sides)):
+        keep = "" if start.keep is None else f" and cells to keep {tuple(start.keep.shape)}"
+        raise ValueError(
+            f"a start of latents {tuple(start.latents.shape)}{keep} does not fit noise {tuple(noise.shape)}"
+        )
+    skipped = start.num_skipped(len(grid.times))
+    rest = Grid(*(part[skipped:] for part in grid))
+    if skipped == 0:
+        alpha, sigma = float(grid.alphas[0]), float(grid.sigmas[0])
+        kept = noise if start.keep is None else torch.where(start.keep, start.noised(noise, alpha, sigma), noise)
+        return rest, kept
+    return rest, start.noised(noise, float(rest.alphas[0]), float(rest.sigmas[0]))
 
 
 def _check_seeds(seeds: Sequence[int] | Tensor | None, num: int, solver: str) -> None:

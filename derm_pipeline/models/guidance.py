@@ -52,6 +52,7 @@ def guided(
     guided_channels: int | None = None,
     guided_by: Collection[str] | None = None,
     interval: tuple[float, float] | None = None,
+    null: Mapping[str, Tensor] | None = None,
 ) -> Guided:
     """`denoise(x, time)` of a network told `conditions`, with classifier-free guidance (arXiv 2207.12598).
 
@@ -66,6 +67,8 @@ def guided(
         interval: Guide only at noise levels sigma / alpha from the first to the second, both within; outside, a row
             costs one evaluation (Kynkäänniemi et al. 2024, arXiv 2404.07724, whose sigma is this ratio). The level is
             0 where clean and infinite where pure noise; a flow's time t has level t / (1000 - t). None is all levels.
+        null: What is told where nothing is, instead of the network's own nulls: a negative prompt's embeddings, say.
+            By condition, of the rows of x; conditions that it does not name keep the network's nulls.
 
     Raises:
         ValueError: an interval that holds no level; no guided channel; guidance by no or an unknown condition.
@@ -80,7 +83,7 @@ def guided(
 
     if guidance == 1:
         return Guided(told, told)
-    both = _told_and_untold(model, conditions, set(conditions if guided_by is None else guided_by))
+    both = _told_and_untold(model, conditions, set(conditions if guided_by is None else guided_by), null or {})
 
     def mixed(x: Tensor, time: Tensor) -> Tensor:
         told, untold = model(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
@@ -92,12 +95,12 @@ def guided(
 
 
 def _told_and_untold(
-    model: Conditional, conditions: Mapping[str, Tensor], guided_by: Collection[str]
+    model: Conditional, conditions: Mapping[str, Tensor], guided_by: Collection[str], null: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The conditions of the rows of x, then those of the same rows with the null of what they are guided by."""
     if not guided_by or not conditions.keys() >= set(guided_by):
         raise ValueError(f"cannot guide by {sorted(guided_by)}; the network is told {sorted(conditions)}: name some")
-    null = model.null_conditions(len(next(iter(conditions.values()))))
+    null = model.null_conditions(len(next(iter(conditions.values())))) | dict(null)
     nulled = {*guided_by, *([TEXT_MASK] if TEXT in guided_by else [])}
     return {
         name: torch.cat([told, null[name].to(told.device) if name in nulled else told])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from derm_pipeline.models.guidance import Guided
-from derm_pipeline.models.laws import DDPM, Denoise, Grid, RectifiedFlow, halves
+from derm_pipeline.models.laws import DDPM, Denoise, Grid, RectifiedFlow, Scale, halves
 from derm_pipeline.models.posterior import interpolated_log_variance, posterior
 
 
@@ -45,6 +45,27 @@ class Ends(NamedTuple):
         return _log_ratio(self.alpha_to, self.sigma_to) - _log_ratio(self.alpha, self.sigma)
 
 
+class Start(NamedTuple):
+    """Images to begin from, as latents: img2img (SDEdit, arXiv 2108.01073), and what of them is kept."""
+
+    latents: Tensor
+    """Clean latents (n, c, h, w), as the network learnt them."""
+    strength: float
+    """Part of the steps that is taken, [0, 1]: the last int(num_steps * strength) of them, as diffusers counts. 0 gives
+    the latents back; 1 is sampling from pure noise, and sees of them only what is kept."""
+    keep: Tensor | None = None
+    """Cells that stay as they are, bool (n, 1, h, w): after every step they are the latents with that level of noise
+    (blended latent diffusion, arXiv 2206.02779, algorithm 1), in the end the latents themselves."""
+
+    def num_skipped(self, num_steps: int) -> int:
+        """Steps that are left out at the beginning."""
+        return num_steps - min(int(num_steps * self.strength), num_steps)
+
+    def noised(self, noise: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
+        """The latents at a level of noise."""
+        return alpha * self.latents.to(noise) + sigma * noise
+
+
 class Stage:
     """What every sampler needs: the network's word on x at a step, noise for it, and coefficients on the device."""
 
@@ -56,10 +77,12 @@ class Stage:
         like: Tensor,
         *,
         seeds: Sequence[int] | Tensor | None = None,
+        start: Start | None = None,
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.law = law
-        self.report = report
+        self._report = report
+        self._start, self._start_noise = start, like
         self._seeds = None if seeds is None else [int(seed) for seed in seeds]
         self._device = like.device
         self._dtype = torch.promote_types(like.dtype, torch.float32)
@@ -96,6 +119,19 @@ class Stage:
         """The same, of an output that is there."""
         return self.law.split(x, output[:, : x.shape[1]], self._alphas[step], self._sigmas[step])
 
+    def kept(self, x: Tensor, place: int) -> Tensor:
+        """X as it stands where step `place` begins, with the cells that the start keeps at that level of noise."""
+        start = self._start
+        if start is None or start.keep is None:
+            return x
+        return torch.where(start.keep, start.noised(self._start_noise, self._alphas[place], self._sigmas[place]), x)
+
+    def end(self, x: Tensor, step: int) -> Tensor:
+        """X as a step hands it on; reports the step done."""
+        x = self.kept(x, step + 1)
+        self._report(step + 1, len(self))
+        return x
+
     def noise(self, x: Tensor, step: int) -> Tensor:
         """Fresh noise of every row's own seed, for a step that is not the last."""
         if self._seeds is None:
@@ -112,7 +148,7 @@ def first_order(stage: Stage, x: Tensor) -> Tensor:
     for step in range(len(stage)):
         clean, noise = stage.look(x, step)
         x = table[step, 0] * clean + table[step, 1] * noise
-        stage.report(step + 1, len(stage))
+        x = stage.end(x, step)
     return x
 
 
@@ -131,7 +167,7 @@ def ddim(stage: Stage, x: Tensor, eta: float) -> Tensor:
         x = to_clean * clean + to_noise * noise
         if rows[step][2] > 0:
             x = x + to_fresh * stage.noise(x, step)
-        stage.report(step + 1, len(stage))
+        x = stage.end(x, step)
     return x
 
 
@@ -150,7 +186,7 @@ def dpm2m(stage: Stage, x: Tensor) -> Tensor:
         expected = clean + to_change * (clean - before) if step > 0 and all_ends[step].sigma_to > 0 else clean
         x = to_x * x + to_clean * expected
         before = clean
-        stage.report(step + 1, len(stage))
+        x = stage.end(x, step)
     return x
 
 
@@ -171,10 +207,11 @@ def unipc(stage: Stage, x: Tensor) -> Tensor:
         if step > 0:
             to_x, to_clean, _, to_change, to_seen = table[step - 1].unbind()
             x = to_x * start + to_clean * (clean + to_change * (clean - before) + to_seen * (seen - clean))
+            x = stage.kept(x, step)
         start, clean, before = x, seen, clean if step > 0 else seen
         to_x, to_clean, to_change, _, _ = table[step].unbind()
         x = to_x * x + to_clean * (clean + to_change * (clean - before))
-        stage.report(step + 1, len(stage))
+        x = stage.end(x, step)
     return x
 
 
@@ -219,7 +256,7 @@ def heun(stage: Stage, x: Tensor) -> Tensor:
             slopes = d_alpha * clean + d_sigma * noise + d_alpha_to * clean_to + d_sigma_to * noise_to
             trial = x + half_way * slopes
         x = trial
-        stage.report(step + 1, len(stage))
+        x = stage.end(x, step)
     return x
 
 
@@ -239,7 +276,7 @@ def ancestral(stage: Stage, x: Tensor) -> Tensor:
         x = to_clean * clean + to_x * x
         if step + 1 < len(stage):
             x = x + torch.exp(0.5 * log_variance) * stage.noise(x, step)
-        stage.report(step + 1, len(stage))
+        x = stage.end(x, step)
     return x
 
 
