@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def respaced(num_steps: int, spacing: str) -> list[int]:
         num_steps: Steps of the law.
         spacing: "N": N steps from the first to the last, spread evenly. "ddimN": every i-th step from 0, for the one
             integer stride i that gives N. "A,B,...": the steps cut into as many equal parts, with so many from each.
+            "linspaceN" and "trailingN": N of the last steps, as diffusers' DPM-Solver++ spaces them; see `_as_diffusers`.
 
     Raises:
         ValueError: no such spacing of that many steps.
@@ -57,6 +59,8 @@ def respaced(num_steps: int, spacing: str) -> list[int]:
             if len(range(0, num_steps, stride)) == wanted:
                 return list(range(0, num_steps, stride))
         raise ValueError(f"no integer stride gives {wanted} of {num_steps} steps; use {wanted!r} without ddim")
+    if spacing.startswith(("linspace", "trailing")):
+        return _as_diffusers(num_steps, spacing)
     counts = [int(part) for part in spacing.split(",")]
     retained: list[int] = []
     start = 0
@@ -71,6 +75,22 @@ def respaced(num_steps: int, spacing: str) -> list[int]:
             place += stride_within
         start += size
     return retained
+
+
+def _as_diffusers(num_steps: int, spacing: str) -> list[int]:
+    """The steps of DPMSolverMultistepScheduler's `timestep_spacing`, rising; halves are rounded to even, as there.
+
+    "linspace": the first of the N + 1 evenly spread, which is the clean end, is left out. "trailing": every
+    `num_steps` / N-th, counted down from the last (Lin et al. 2024, arXiv 2305.08891, table 2).
+    """
+    kind, count = spacing[:8], int(spacing[8:])
+    if not 1 <= count < num_steps:
+        raise ValueError(f"cannot retain {count} of {num_steps} steps with spacing {spacing!r}; give 1 to {num_steps - 1}")
+    if kind == "linspace":
+        places = np.linspace(0, num_steps - 1, count + 1)[1:]
+    else:
+        places = np.arange(num_steps, 0, -num_steps / count)[:count][::-1]  # rounding may add one more, below 0
+    return [int(place) - (kind == "trailing") for place in places.round()]
 
 
 def interpolated_log_variance(output: Tensor, log_variance: Tensor, log_beta: Tensor) -> Tensor:

@@ -53,7 +53,18 @@ def test_respacing_retains_the_steps_of_adm(spacing, count, first, last):
     assert retained[-len(last) :] == last
 
 
-@pytest.mark.parametrize("spacing", ["ddim999", "1001", "600,500", "0"])
+@pytest.mark.parametrize("kind", ["linspace", "trailing"])
+@pytest.mark.parametrize("count", [1, 2, 20, 26, 50, 103, 999])
+def test_respacing_as_diffusers_retains_the_steps_of_its_scheduler(kind, count):
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(timestep_spacing=kind)
+    scheduler.set_timesteps(count)
+    theirs = [time for time in scheduler.timesteps.tolist() if time >= 0]  # some "trailing" have one -1 too many
+    assert respaced(1000, f"{kind}{count}") == theirs[::-1]
+
+
+@pytest.mark.parametrize("spacing", ["ddim999", "1001", "600,500", "0", "linspace0", "trailing1000"])
 def test_a_spacing_that_does_not_exist_is_refused(spacing):
     with pytest.raises(ValueError, match="1000|500"):
         respaced(1000, spacing)
