@@ -48,7 +48,8 @@ def respaced(num_steps: int, spacing: str) -> list[int]:
         num_steps: Steps of the law.
         spacing: "N": N steps from the first to the last, spread evenly. "ddimN": every i-th step from 0, for the one
             integer stride i that gives N. "A,B,...": the steps cut into as many equal parts, with so many from each.
-            "linspaceN" and "trailingN": N of the last steps, as diffusers' DPM-Solver++ spaces them; see `_as_diffusers`.
+            "linspaceN" and "trailingN": N steps from the last, as diffusers' DPM-Solver++ spaces them (see
+            `_as_diffusers`).
 
     Raises:
         ValueError: no such spacing of that many steps.
@@ -85,7 +86,9 @@ def _as_diffusers(num_steps: int, spacing: str) -> list[int]:
     """
     kind, count = spacing[:8], int(spacing[8:])
     if not 1 <= count < num_steps:
-        raise ValueError(f"cannot retain {count} of {num_steps} steps with spacing {spacing!r}; give 1 to {num_steps - 1}")
+        raise ValueError(
+            f"cannot retain {count} of {num_steps} steps with spacing {spacing!r}; give 1 to {num_steps - 1}"
+        )
     if kind == "linspace":
         places = np.linspace(0, num_steps - 1, count + 1)[1:]
     else:

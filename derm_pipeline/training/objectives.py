@@ -146,14 +146,21 @@ class GeneratorObjective:
         return batch | self._config.law.draw(shape, stream)._asdict()
 
     def loss(self, batch: Batch) -> Tensor:
-        model, rows = self._model, batch["rows"]
-        moments = batch["moments"] if self._resident is None else self._resident[rows, batch["orientations"]]
-        latents = (latents_of(moments, batch["latent_noise"]) - self._mean) / self._std
-        told: dict[str, Tensor] = {name: labels[rows] for name, labels in self._labels.items()}
+        model, told = self._model, self.told(batch)
         hidden = {name: batch[f"hidden.{name}"] for name in told}
-        told = hide(told, model.null_conditions(len(rows)), hidden)
+        told = hide(told, model.null_conditions(len(batch["rows"])), hidden)
         draw = Draw(*(batch[name] for name in Draw._fields))
-        return self._config.law.loss(lambda x, time: model(x, time, told), latents, draw)
+        return self._config.law.loss(lambda x, time: model(x, time, told), self.latents(batch), draw)
+
+    def latents(self, batch: Batch) -> Tensor:
+        """The clean latents (n, c, h, w) of these rows, float32, as the network has them."""
+        resident = self._resident
+        moments = batch["moments"] if resident is None else resident[batch["rows"], batch["orientations"]]
+        return (latents_of(moments, batch["latent_noise"]) - self._mean) / self._std
+
+    def told(self, batch: Batch) -> dict[str, Tensor]:
+        """What is told of these rows, by condition, nothing hidden."""
+        return {name: labels[batch["rows"]] for name, labels in self._labels.items()}
 
 
 def train_generator(
