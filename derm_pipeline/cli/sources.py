@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -11,6 +12,7 @@ from derm_pipeline.captions.carriers import CARRIERS, Carrier
 from derm_pipeline.captions.metadata import STYLES
 from derm_pipeline.cli.shared import UserError, progress_bars, with_workspace
 from derm_pipeline.defs.workspace import Workspace
+from derm_pipeline.models.pretrained.config import TINY_FAMILIES, TinyFamily
 from derm_pipeline.records import Split, canonical
 from derm_pipeline.sources.fetch.archives import in_words
 from derm_pipeline.sources.fetch.downloads import DOWNLOADS, Application, how_to_get
@@ -164,10 +166,15 @@ def models() -> None:
 
 
 @models.command()
-@click.argument("family", type=click.Choice(["llava_next"]))
+@click.argument("family", type=click.Choice(["llava_next", *TINY_FAMILIES]))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 def tiny(family: str, out: Path) -> None:
     """Write a complete, random, tiny model of FAMILY to the folder OUT, to try a set-up without any download."""
-    from derm_pipeline.captions.tiny import write_tiny_llava_next
+    if family == "llava_next":
+        from derm_pipeline.captions.tiny import write_tiny_llava_next
 
-    click.echo(f"{family}: {write_tiny_llava_next(out)}")
+        click.echo(f"{family}: {write_tiny_llava_next(out)}")
+        return
+    from derm_pipeline.models.pretrained.tiny import write_tiny
+
+    click.echo(f"{family}: {write_tiny(cast(TinyFamily, family), out)}")

@@ -19,6 +19,13 @@ TEXT = "text"
 """The condition that is told as embeddings: float (n, s, e), s = `text_tokens`, e = `text_width`."""
 TEXT_MASK = "text_mask"
 """Which tokens of `TEXT` there are: bool (n, s), True where there is one."""
+POOLED = "pooled"
+"""What a text encoder makes of the whole text, of pretrained networks that are told it besides: float (n, p)."""
+TEXT_PARTS = (TEXT, TEXT_MASK, POOLED)
+"""All that is told of a text: hidden and guided by together, under the name `TEXT`."""
+SIZE = "size"
+"""Sizes in pixels that some pretrained networks are told, float (n, 6): height and width of the image before it was
+cropped, top and left of the crop, height and width of the result. Never hidden."""
 
 VOCABULARIES: dict[str, tuple[str, ...]] = {
     "skin_type": tuple(str(skin_type.value) for skin_type in SkinType),
@@ -108,7 +115,7 @@ def hide(told: Mapping[str, Tensor], null: Mapping[str, Tensor], hidden: Mapping
         raise ValueError(f"{unknown[0]!r} cannot be hidden: told are {', '.join(told)}")
     result = dict(told)
     for name, rows in hidden.items():
-        for key in (name, TEXT_MASK) if name == TEXT else (name,):
+        for key in [part for part in TEXT_PARTS if part in told] if name == TEXT else [name]:
             value = told[key]
             is_null = rows.to(value.device).view(-1, *[1] * (value.ndim - 1))
             result[key] = torch.where(is_null, null[key].to(value.device, value.dtype), value)

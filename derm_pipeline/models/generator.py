@@ -1,7 +1,8 @@
 """A generator: the network that a recipe trains, with all that is needed to sample from it, as files.
 
 `generator.json` (networks' shapes, law, latent statistics) beside `weights.safetensors` and `ema.safetensors`. Its
-autoencoder is files, too: `autoencoder.json` with weights, or with a reference to a pretrained one.
+autoencoder is files, too: `autoencoder.json` with weights, or with a reference to a pretrained one. A pretrained
+network is a reference, too: its folder holds weights only where all of them were trained.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig
 from derm_pipeline.models.diffusion import Law
 from derm_pipeline.models.dit import DiT, DiTConfig
+from derm_pipeline.models.pretrained.config import PretrainedNetworkConfig
+from derm_pipeline.models.pretrained.network import PretrainedNetwork, load_pretrained_network
 from derm_pipeline.models.pretrained_vae import (
     PretrainedVae,
     PretrainedVaeConfig,
@@ -43,9 +46,14 @@ def _kind_or(default: str) -> Discriminator:
     return Discriminator(kind_of)
 
 
-NetworkConfig = Annotated[Annotated[DiTConfig, Tag("dit")] | Annotated[UNetConfig, Tag("unet")], _kind_or("dit")]
+NetworkConfig = Annotated[
+    Annotated[DiTConfig, Tag("dit")]
+    | Annotated[UNetConfig, Tag("unet")]
+    | Annotated[PretrainedNetworkConfig, Tag("pretrained")],
+    _kind_or("dit"),
+]
 """Shape of a network, told apart by `kind`."""
-Network = DiT | UNet
+Network = DiT | UNet | PretrainedNetwork
 """What a recipe trains."""
 AutoencoderChoice = Annotated[
     Annotated[AutoencoderConfig, Tag("trained")] | Annotated[PretrainedVaeConfig, Tag("pretrained")],
@@ -116,8 +124,15 @@ def class_index(classes: Classes, condition: str, value: str | int | None) -> in
     return known.index(str(value))
 
 
-def build_network(config: DiTConfig | UNetConfig) -> Network:
-    """A fresh network of this shape."""
+def build_network(config: DiTConfig | UNetConfig | PretrainedNetworkConfig) -> Network:
+    """A network of this shape: a fresh one, or the pretrained one with its weights as they were published.
+
+    Raises:
+        FileNotFoundError: it is a pretrained one that no longer lies where it was.
+        ValueError: it is a pretrained one whose files have changed since.
+    """
+    if isinstance(config, PretrainedNetworkConfig):
+        return load_pretrained_network(config)
     return UNet(config) if isinstance(config, UNetConfig) else DiT(config)
 
 
@@ -126,7 +141,12 @@ def load_network(folder: Path, device: torch.device, *, averaged: bool = True) -
     spec = GeneratorSpec.load(folder)
     network = build_network(spec.network)
     path = folder / ("ema.safetensors" if averaged and (folder / "ema.safetensors").exists() else "weights.safetensors")
-    network.load_state_dict(load_weights(path))
+    if isinstance(network, PretrainedNetwork):
+        network.load_null(folder)
+        if path.exists():  # else the base's own
+            network.denoiser.load_state_dict(load_weights(path))
+    else:
+        network.load_state_dict(load_weights(path))
     return spec, network.to(device).eval()
 
 

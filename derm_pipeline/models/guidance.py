@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from derm_pipeline.models.conditions import TEXT, TEXT_MASK
+from derm_pipeline.models.conditions import SIZE, TEXT, TEXT_PARTS
 from derm_pipeline.models.laws import Denoise
 
 
@@ -83,7 +83,8 @@ def guided(
 
     if guidance == 1:
         return Guided(told, told)
-    both = _told_and_untold(model, conditions, set(conditions if guided_by is None else guided_by), null or {})
+    guides = set(conditions if guided_by is None else guided_by) - {SIZE}
+    both = _told_and_untold(model, conditions, guides, null or {})
 
     def mixed(x: Tensor, time: Tensor) -> Tensor:
         told, untold = model(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
@@ -101,7 +102,7 @@ def _told_and_untold(
     if not guided_by or not conditions.keys() >= set(guided_by):
         raise ValueError(f"cannot guide by {sorted(guided_by)}; the network is told {sorted(conditions)}: name some")
     null = model.null_conditions(len(next(iter(conditions.values())))) | dict(null)
-    nulled = {*guided_by, *([TEXT_MASK] if TEXT in guided_by else [])}
+    nulled = {*guided_by, *(TEXT_PARTS if TEXT in guided_by else ())}
     return {
         name: torch.cat([told, null[name].to(told.device) if name in nulled else told])
         for name, told in conditions.items()

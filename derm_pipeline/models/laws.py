@@ -151,14 +151,15 @@ class DDPM(NoiseLaw):
     kind: Literal["ddpm"] = "ddpm"
     prediction: Literal["v", "epsilon"] = "v"
     """What the network predicts: v = alpha noise - sigma x0 (arXiv 2202.00512), or the noise."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """Betas rising linearly, or such that alpha is a cosine of time (arXiv 2102.09672, equation 17)."""
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    """Betas rising linearly; their roots doing so (Stable Diffusion's); or such that alpha is a cosine of time
+    (arXiv 2102.09672, equation 17)."""
     num_steps: int = Field(default=1000, ge=2)
     """Steps from clean to noise."""
     beta_start: float = Field(default=1e-4, gt=0, lt=1)
-    """First beta of the linear schedule."""
+    """First beta of the linear schedules."""
     beta_end: float = Field(default=0.02, gt=0, lt=1)
-    """Last beta of the linear schedule."""
+    """Last beta of the linear schedules."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
     """Ceiling of the loss weight in signal-to-noise ratio, usually 5 (arXiv 2303.09556); None weighs all alike."""
     learned_variance: bool = False
@@ -247,6 +248,8 @@ Law = Annotated[RectifiedFlow | DDPM, Field(discriminator="kind")]
 def _alphas_cumprod(schedule: str, num_steps: int, beta_start: float, beta_end: float) -> Tensor:
     if schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64).square()
     else:
         phases = (torch.arange(num_steps + 1, dtype=torch.float64) / num_steps + 0.008) / 1.008
         curve = torch.cos(phases * math.pi / 2).square()

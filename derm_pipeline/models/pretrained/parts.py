@@ -1,0 +1,103 @@
+"""The networks and tokenizers of a base's files, by diffusers and transformers, on the CPU; safetensors only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from derm_pipeline.models.pretrained.files import DENOISER_FOLDERS, INDEX, TEXT_FOLDERS, BaseFiles, read_json, some
+
+
+def load_denoiser(files: BaseFiles, dtype: torch.dtype) -> nn.Module:
+    """Diffusers' network.
+
+    Raises:
+        ValueError: it is incomplete or broken, or does not take the latents of its VAE.
+    """
+    import diffusers
+
+    kind: Any = diffusers.PixArtTransformer2DModel if files.family == "pixart" else diffusers.UNet2DConditionModel
+    folder = DENOISER_FOLDERS[files.family]
+    network = _load(kind, files, folder, dtype)
+    channels = files.config("vae").get("latent_channels", 4)
+    if network.config.in_channels != channels:
+        raise ValueError(
+            f"the denoiser of {files.where} takes {network.config.in_channels} channels and its latents have "
+            f"{channels}: it is a model for another task (inpainting, upscaling), no base"
+        )
+    return network
+
+
+def load_text(files: BaseFiles, dtype: torch.dtype) -> tuple[list[Any], list[Any]]:
+    """The text encoders and their tokenizers.
+
+    Raises:
+        ValueError: one is incomplete or broken, or does not belong to the other.
+    """
+    import transformers
+
+    classes: dict[str, tuple[Any, ...]] = {
+        "sd": (transformers.CLIPTextModel,),
+        "sdxl": (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection),
+        "pixart": (transformers.T5EncoderModel,),
+    }
+    tokenizer_class: Any = transformers.T5Tokenizer if files.family == "pixart" else transformers.CLIPTokenizer
+    encoders, tokenizers = [], []
+    for kind, (folder, tokenizer_folder) in zip(classes[files.family], TEXT_FOLDERS[files.family], strict=True):
+        encoder = _load(kind, files, folder, dtype)
+        tokenizer = tokenizer_class.from_pretrained(str(files.root / tokenizer_folder), local_files_only=True)
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise ValueError(
+                f"{tokenizer_folder} of {files.where} has {len(tokenizer)} tokens and {folder} knows "
+                f"{encoder.config.vocab_size}: they do not belong together"
+            )
+        encoders.append(encoder)
+        tokenizers.append(tokenizer)
+    return encoders, tokenizers
+
+
+def _load(kind: Any, files: BaseFiles, folder: str, dtype: torch.dtype) -> Any:
+    """A network of a folder, whole and finite."""
+    from safetensors import SafetensorError
+
+    where = files.root / folder
+    config = files.config(folder)
+    names = [config.get("_class_name"), *config.get("architectures", [])]
+    if kind.__name__ not in names:
+        raise ValueError(f"{where} holds a {next(filter(None, names), 'nothing known')}; a {kind.__name__} is needed")
+    try:
+        network, info = kind.from_pretrained(
+            str(where), use_safetensors=True, local_files_only=True, output_loading_info=True, torch_dtype=dtype
+        )
+    except (SafetensorError, RuntimeError, OSError) as error:  # broken; sizes that differ; an index without its files
+        raise ValueError(f"the weights in {where} are broken or do not fit its config.json ({error})") from error
+    if info["missing_keys"]:
+        raise ValueError(f"the weights in {where} are not complete: missing are {some(sorted(info['missing_keys']))}")
+    broken = [name for name, tensor in network.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"the weights in {where} are not finite, in {some(broken)}; get them again")
+    return network
+
+
+def pipeline_of(files: BaseFiles, denoiser: Any, encoders: list[Any], tokenizers: list[Any], vae: Any) -> Any:
+    """Diffusers' own pipeline of these very modules."""
+    import diffusers
+
+    said = files.config("scheduler")
+    scheduler_class = getattr(diffusers, str(said.get("_class_name")), None)
+    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+        raise ValueError(f"{files.where} has a scheduler {said.get('_class_name')!r}, which diffusers does not know")
+    common = {"vae": vae, "scheduler": scheduler_class.from_config(said)}
+    common |= {"text_encoder": encoders[0], "tokenizer": tokenizers[0]}
+    if files.family == "pixart":
+        sigma = read_json(files.root / INDEX).get("_class_name") == "PixArtSigmaPipeline"
+        kind = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
+        return kind(transformer=denoiser, **common)
+    if files.family == "sdxl":
+        zeros = read_json(files.root / INDEX).get("force_zeros_for_empty_prompt", True)
+        further = {"text_encoder_2": encoders[1], "tokenizer_2": tokenizers[1], "force_zeros_for_empty_prompt": zeros}
+        return diffusers.StableDiffusionXLPipeline(unet=denoiser, add_watermarker=False, **common, **further)
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return diffusers.StableDiffusionPipeline(unet=denoiser, **common, **checker)
