@@ -45,6 +45,7 @@ SOURCE_ASSETS = ("records", "hair", "descriptors", "visual_captions", "metadata_
 RECIPE_ASSETS = (
     "training_set",
     "evaluation_set",
+    "validation_set",
     "autoencoder",
     "latents",
     "generator",

@@ -26,7 +26,7 @@ SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "lineage.schema.json")
 @pytest.fixture
 def derm(monkeypatch):
     """Run the command line in this process."""
-    for name in ("DERM_DATA", "DERM_RAW", "DAGSTER_HOME"):
+    for name in ("DERM_DATA", "DERM_RAW", "DERM_TENSORBOARD", "DAGSTER_HOME"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*arguments, project=None):
@@ -347,18 +347,18 @@ def test_a_training_that_diverges_is_one_line(derm, project):
 @pytest.mark.slow
 def test_an_image_that_changes_under_the_run_is_named(derm, project, monkeypatch):
     """Between the records and the training somebody writes to the source's folder."""
-    from derm_pipeline.defs.stages import generator
+    from derm_pipeline.defs.stages import sets
 
     image = sorted((project.raw / "phantom" / "images").iterdir())[0]
     shutil.rmtree(project.artifacts()["autoencoder"].directory)
-    read = generator.square_reader
+    read = sets.square_reader
 
     def reader(*arguments):
         for path in image.parent.iterdir():
             path.write_bytes(image.read_bytes() + b" ")
         return read(*arguments)
 
-    monkeypatch.setattr(generator, "square_reader", reader)
+    monkeypatch.setattr(sets, "square_reader", reader)
     assert "was changed after its record was made" in the_line(derm("run", "tiny", project=project))
 
 

@@ -16,7 +16,7 @@ from derm_pipeline.captions.metadata import names_unknown
 from derm_pipeline.defs.stages import data as stages
 from derm_pipeline.defs.stages.data import DESCRIPTORS, HAIR, QUARANTINED, RECORDS, SPLITS
 from derm_pipeline.defs.stages.evaluation import sample_images
-from derm_pipeline.defs.stages.generator import EVALUATION_SET, TRAINING_SET
+from derm_pipeline.defs.stages.sets import EVALUATION_SET, TRAINING_SET
 from derm_pipeline.images import encode_jpeg, read_image
 from derm_pipeline_tests.conftest import NUM_IMAGES, RECIPE_ASSETS, SOURCE_ASSETS, new_project, run_tiny
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from derm_pipeline.defs.resources import default_workspace
 from derm_pipeline.defs.stages.evaluation import sample_images
-from derm_pipeline.defs.stages.generator import TRAINING_SET
 from derm_pipeline.defs.stages.reports import comparison
+from derm_pipeline.defs.stages.sets import TRAINING_SET
 from derm_pipeline.images import contact_sheet, encode_jpeg
 
 

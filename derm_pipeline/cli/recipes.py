@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,8 +14,13 @@ from derm_pipeline.defs.workspace import Workspace
 @click.command()
 @click.argument("recipe")
 @click.option("--fast", is_flag=True, help="Run the recipe's small-budget variant, RECIPE_fast.")
+@click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Write event files of the trainings to <data>/tensorboard (another folder: DERM_TENSORBOARD).",
+)
 @with_workspace
-def run(workspace: Workspace, recipe: str, fast: bool) -> None:
+def run(workspace: Workspace, recipe: str, fast: bool, tensorboard: bool) -> None:
     """Materialise everything of RECIPE: from its sources' raw images to its report.
 
     What the store already holds is found, not made again; an interrupted run resumes where it was.
@@ -25,6 +31,12 @@ def run(workspace: Workspace, recipe: str, fast: bool) -> None:
 
     name = f"{recipe}_fast" if fast else recipe
     workspace.recipe(name)  # an error in the recipe is said before any work
+    if tensorboard and workspace.tensorboard is None:
+        workspace = replace(workspace, tensorboard=workspace.data / "tensorboard")
+    if workspace.tensorboard is not None:
+        from derm_pipeline.training.curve import check_tensorboard
+
+        check_tensorboard()
     with project_instance(Path.cwd(), workspace.data) as instance, progress_bars() as show:
         recipe_run = RecipeRun(name, workspace, instance, show)
         for _ in recipe_run.materialise_sources():

@@ -100,9 +100,14 @@ def with_workspace(command: Command) -> Command:
     )
     @wraps(command)
     def wrapped(data: Path, raw: Path | None, **arguments: Any) -> Any:
-        folder = Path(data).resolve()
+        folder, events = Path(data).resolve(), os.environ.get("DERM_TENSORBOARD")
         with user_errors():
-            return command(Workspace(data=folder, raw=Path(raw).resolve() if raw else folder / "raw"), **arguments)
+            workspace = Workspace(
+                data=folder,
+                raw=Path(raw).resolve() if raw else folder / "raw",
+                tensorboard=Path(events).resolve() if events else None,
+            )
+            return command(workspace, **arguments)
 
     return wrapped
 

@@ -19,6 +19,7 @@ def materialised(
     artifact: Artifact,
     *,
     picture: Pixels | None = None,
+    pictures: Mapping[str, Pixels | None] | None = None,
     tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     checks: Iterable[dg.AssetCheckResult] = (),
     metadata: Mapping[str, Any] | None = None,
@@ -35,8 +36,9 @@ def materialised(
     shown |= metadata or {}
     for name, rows in (tables or {}).items():
         shown[name] = dg.MetadataValue.md(_markdown_table(rows))
-    if picture is not None:
-        shown["picture"] = picture_metadata(picture)
+    for name, image in {"picture": picture, **(pictures or {})}.items():
+        if image is not None:
+            shown[name] = picture_metadata(image)
     return dg.MaterializeResult(
         metadata=shown, data_version=dg.DataVersion(manifest.content_digest), check_results=list(checks)
     )

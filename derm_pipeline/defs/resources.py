@@ -12,9 +12,17 @@ from derm_pipeline.defs.workspace import Workspace
 
 
 def default_workspace() -> Workspace:
-    """`data/` under the working directory; raw sources in `data/raw`, or where DERM_RAW says."""
+    """`data/` under the working directory; raw sources in `data/raw`, or where DERM_RAW says.
+
+    Trainings write TensorBoard's event files where DERM_TENSORBOARD says; without it they write none.
+    """
     data = Path(os.environ.get("DERM_DATA", "data")).resolve()
-    return Workspace(data=data, raw=Path(os.environ.get("DERM_RAW", data / "raw")).resolve())
+    events = os.environ.get("DERM_TENSORBOARD")
+    return Workspace(
+        data=data,
+        raw=Path(os.environ.get("DERM_RAW", data / "raw")).resolve(),
+        tensorboard=Path(events).resolve() if events else None,
+    )
 
 
 def workspace_resource(workspace: Workspace) -> dg.ResourceDefinition:

@@ -25,6 +25,8 @@ class Workspace:
 
     data: Path
     raw: Path
+    tensorboard: Path | None = None
+    """Folder of the event files of trainings, `<recipe>/<stage>` in it; None for none."""
 
     @cached_property
     def store(self) -> Store:

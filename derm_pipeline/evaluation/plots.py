@@ -18,6 +18,8 @@ from derm_pipeline.evaluation.markup import Child, Markup, element, is_known, jo
 from derm_pipeline.images import Pixels
 
 Floats = npt.NDArray[np.float64]
+Measured = tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]]
+"""Steps and the loss after each, (n,)."""
 
 SERIES = {"real": "real", "synthetic": "synthetic", "real+synthetic": "both", "oversampling": "oversampling"}
 """Arm -> the class that gives it a colour (of Okabe and Ito's, safe for colour-blind readers)."""
@@ -199,26 +201,35 @@ def smoothed(losses: Floats) -> Floats:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def wants_log(losses: Floats) -> bool:
-    """Whether the smoothed loss spans so much that only logarithms show its end."""
+def wants_log(losses: Floats, validation: Floats | None = None) -> bool:
+    """Whether the smoothed loss spans so much that only logarithms show its end, and all can be drawn so."""
     curve = smoothed(losses)
-    return bool(losses.min() > 0 and curve.max() > 6 * curve.min())
+    is_positive = losses.min() > 0 and (validation is None or bool((validation > 0).all()))
+    return bool(is_positive and curve.max() > 6 * curve.min())
 
 
-def loss_chart(steps: npt.NDArray[np.integer], losses: Floats, *, label: str) -> Markup:
-    """The smoothed loss over the range of the raw one; `steps` and `losses` (n,) are finite."""
+def loss_chart(
+    steps: npt.NDArray[np.integer], losses: Floats, *, label: str, validation: Measured | None = None
+) -> Markup:
+    """The smoothed loss over the range of the raw one, and that on val images beside it; all (n,) and finite."""
     losses = np.asarray(losses, np.float64)
-    log = wants_log(losses)
+    measured_steps, measured = validation if validation is not None else (steps[:0], losses[:0])
+    exact = np.asarray(measured, np.float64)
+    log = wants_log(losses, exact)
     to_y: Callable[[Floats], Floats] = np.log10 if log else np.asarray
-    curve, raw = to_y(smoothed(losses)), to_y(losses)
-    low, high = _limits(curve, raw)
+    curve, raw, beside = to_y(smoothed(losses)), to_y(losses), to_y(exact)
+    low, high = _limits(np.concatenate([curve, beside]), raw)
 
     def place(values: Floats) -> Floats:
         return 100 * (1 - np.clip((values - low) / (high - low), 0, 1))
 
     groups = np.array_split(np.arange(len(losses)), min(len(losses), _MOST_POINTS))
     first, span = float(steps[0]), max(1.0, float(steps[-1] - steps[0]))
-    x = np.array([100 * (steps[group].mean() - first) / span for group in groups])
+
+    def across(at: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> Floats:
+        return np.clip(100 * (at - first) / span, 0, 100)
+
+    x = across(np.array([steps[group].mean() for group in groups]))
     upper = place(np.array([raw[group].max() for group in groups]))
     lower = place(np.array([raw[group].min() for group in groups]))
     middle = place(np.array([curve[group].mean() for group in groups]))
@@ -231,6 +242,7 @@ def loss_chart(steps: npt.NDArray[np.integer], losses: Floats, *, label: str) ->
         grid,
         element("path", d=outline, class_="raw"),
         element("path", d=_path(x, middle), class_="curve"),
+        _measured_path(across(measured_steps), place(beside)),
         viewBox="0 0 100 100",
         preserveAspectRatio="none",
         width="100%",
@@ -248,6 +260,15 @@ def loss_chart(steps: npt.NDArray[np.integer], losses: Floats, *, label: str) ->
     return element(
         "figure", element("figcaption", words), element("div", side, drawing, class_="chart"), foot, class_="loss"
     )
+
+
+def _measured_path(x: Floats, y: Floats) -> Markup | None:
+    """A line with a dot at every measurement; a dot is a line of no length with round ends, in a stretched drawing."""
+    if not len(x):
+        return None
+    dots = "".join(f"M{a:.2f} {b:.2f}h0" for a, b in zip(x, y, strict=True))
+    line = element("path", d=_path(x, y), class_="curve s-synthetic")
+    return join([line, element("path", d=dots, class_="curve dot s-synthetic")])
 
 
 def _limits(curve: Floats, raw: Floats) -> tuple[float, float]:
@@ -273,9 +294,16 @@ def _loss_ticks(low: float, high: float, *, log: bool) -> list[float]:
 
 
 def loss_curve_picture(
-    steps: npt.NDArray[np.integer], losses: npt.NDArray[np.floating], title: str, *, width_px: int = 640
+    steps: npt.NDArray[np.integer],
+    losses: npt.NDArray[np.floating],
+    title: str,
+    *,
+    validation: Measured | None = None,
+    width_px: int = 640,
 ) -> Pixels:
     """The loss curve as an image (width_px / 2, width_px, 3) uint8, for places that show pictures only.
+
+    Losses on val images, where some are given, are a line with dots.
 
     Raises:
         ValueError: steps and losses (n,) that are empty or of different lengths.
@@ -291,9 +319,14 @@ def loss_curve_picture(
     axes = figure.subplots()
     axes.plot(steps, exact, color="#0072B2", alpha=0.25, linewidth=0.7)
     axes.plot(steps, smoothed(exact), color="#0072B2", linewidth=1.8)
-    if wants_log(exact):
+    words = f"{title}: loss, smoothed over the raw one"
+    measured = np.zeros(0) if validation is None else np.asarray(validation[1], np.float64)
+    if validation is not None and len(measured):
+        axes.plot(validation[0], measured, color="#D55E00", linewidth=1.4, marker="o", markersize=3.5)
+        words += "; with dots on val images"
+    if wants_log(exact, measured):
         axes.set_yscale("log")
-    axes.set_title(f"{title}: loss, smoothed over the raw one", fontsize=10, loc="left", parse_math=False)
+    axes.set_title(words, fontsize=10, loc="left", parse_math=False)
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -57,10 +57,21 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class LossCurve:
-    """The loss at each step; equally long."""
+    """The loss at each step; equally long. Beside it, fewer, the losses on val images."""
 
-    steps: npt.NDArray[np.int64]
+    steps: npt.NDArray[np.integer]
     losses: npt.NDArray[np.float64]
+    validation_steps: npt.NDArray[np.integer] = field(default_factory=lambda: np.zeros(0, np.int64))
+    validation_losses: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    num_validation_images: int | None = None
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """Samples (h, w, 3), a row a diagnosis, that were drawn after so many steps of the training."""
+
+    step: int
+    picture: Pixels
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,10 @@ class ReportContent:
     comparison: Sequence[ComparisonRow] = ()
     losses: Mapping[str, LossCurve] = field(default_factory=dict)
     """asset (autoencoder, generator) -> its loss curve."""
+    grids: Sequence[SampleGrid] = ()
+    """Samples on the way, in the order of their steps."""
+    grid_rows: Sequence[str] = ()
+    """The diagnosis of each of their rows."""
     agreement: Mapping[str, float] = field(default_factory=dict)
     """"all" and diagnosis -> share of samples that classifiers of real images call what was asked for."""
     num_samples: Mapping[str, int] = field(default_factory=dict)

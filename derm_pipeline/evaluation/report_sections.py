@@ -16,13 +16,14 @@ from derm_pipeline.evaluation.markup import (
     number,
     picture,
 )
-from derm_pipeline.evaluation.plots import loss_chart
+from derm_pipeline.evaluation.plots import Measured, loss_chart
 from derm_pipeline.evaluation.report_content import (
     ComparisonRow,
     LossCurve,
     NearestPair,
     Reconstructions,
     ReportContent,
+    SampleGrid,
 )
 from derm_pipeline.images import Pixels
 from derm_pipeline.records import Diagnosis
@@ -76,7 +77,9 @@ def training_section(content: ReportContent, side_px: int) -> Markup:
             "range of "
             "the single steps. A loss says that training went on, not that the images are good."
         ),
+        _validation_words(content.losses),
         element("div", curves, class_="losses") if curves else missing("Loss curves"),
+        _grids(content.grids, content.grid_rows, side_px) if content.grids else None,
         _reconstructions(content.reconstructions, side_px) if content.reconstructions else None,
     )
 
@@ -85,7 +88,70 @@ def _curve(name: str, curve: LossCurve) -> Markup:
     finite = np.isfinite(curve.losses)
     if not finite.any():
         return paragraph(f"{name}: no loss is finite.")
-    return loss_chart(curve.steps[finite], curve.losses[finite], label=f"{name}: loss, n = {len(curve.steps):,} steps")
+    return loss_chart(
+        curve.steps[finite],
+        curve.losses[finite],
+        label=f"{name}: loss, n = {len(curve.steps):,} steps",
+        validation=_validation(curve),
+    )
+
+
+def _validation(curve: LossCurve) -> Measured:
+    finite = np.isfinite(curve.validation_losses)
+    return curve.validation_steps[finite], curve.validation_losses[finite]
+
+
+def _validation_words(losses: Mapping[str, LossCurve]) -> Markup | None:
+    """What the second line of the charts is, and of how many images."""
+    measured = {name: curve for name, curve in losses.items() if len(curve.validation_steps)}
+    if not measured:
+        return None
+    counts = dict.fromkeys(curve.num_validation_images for curve in measured.values())
+    of = " and ".join(f"n = {number(count)}" for count in counts if count is not None)
+    return element(
+        "div",
+        _key("training", "s-real"),
+        _key(f"validation, {of} images" if of else "validation", "s-synthetic"),
+        element(
+            "small",
+            "Validation: images of the split val, with the same noise each time, so look at its course. Nothing is "
+            "learned from them and nothing chosen by them. Where it rises while training falls, images are learned by "
+            "heart.",
+        ),
+        class_="legend",
+    )
+
+
+def _key(words: str, series: str) -> Markup:
+    return element("span", element("span", class_="line"), words, class_=f"key {series}")
+
+
+def _grids(found: Sequence[SampleGrid], rows: Sequence[str], side_px: int) -> Markup:
+    """Pictures side by side, the diagnoses of their rows at the left."""
+    longest_px = round(0.4 * side_px * max(1, len(rows)))
+    names = element(
+        "figure",
+        element("figcaption", "\u00a0"),
+        element("div", (element("div", in_words(row)) for row in rows), class_="gridrows"),
+        aria_hidden="true",
+    )
+    pictures = (
+        element(
+            "figure",
+            element("figcaption", f"step {grid.step:,}"),
+            picture(grid.picture, f"samples after step {grid.step:,}: {', '.join(rows)}", side_px=longest_px),
+        )
+        for grid in found
+    )
+    return element(
+        "div",
+        element("h3", "Samples on the way"),
+        paragraph(
+            "What the generator drew while it learned, in few steps of its sampler: a row a diagnosis, the same noise "
+            "and the same conditions each time."
+        ),
+        element("div", names, pictures, class_="grids"),
+    )
 
 
 def _reconstructions(found: Reconstructions, side_px: int) -> Markup:

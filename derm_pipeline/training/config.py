@@ -68,12 +68,13 @@ class TrainingConfig(BaseModel):
     """Examples between checkpoints, rounded down to whole steps; in place of `checkpoint_every_steps` where given."""
     report_every_steps: int = Field(default=50, ge=1)
     """Steps between two lines of the curve; only then does the host wait for the device."""
-    validate_every_steps: int = Field(default=500, ge=1)
-    """Steps between two losses on held-out examples, where there are some; also at the end."""
+    validate_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two losses on held-out examples, where there are some; also at the end. null: a tenth of the
+    training, and 500 at most."""
     validation_batches: int = Field(default=4, ge=1)
     """Batches of a validation: the same examples, times and noise each time."""
-    samples_every_steps: int = Field(default=1000, ge=1)
-    """Steps between two calls of `on_samples`, where one is given."""
+    samples_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between two grids of samples, where some are drawn; also at the end. null: a third of the training."""
     seed: int = 0
     """Seed of the initial weights and of every step's random stream."""
 
@@ -87,6 +88,14 @@ class TrainingConfig(BaseModel):
         if self.checkpoint_every_images is None:
             return self.checkpoint_every_steps
         return max(1, self.checkpoint_every_images // self.batch_size)
+
+    @property
+    def steps_between_validations(self) -> int:
+        return self.validate_every_steps or min(500, math.ceil(self.steps / 10))
+
+    @property
+    def steps_between_samples(self) -> int:
+        return self.samples_every_steps or math.ceil(self.steps / 3)
 
     @property
     def decays(self) -> tuple[float, ...]:

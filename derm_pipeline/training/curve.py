@@ -5,16 +5,59 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+import pyarrow as pa
+
 from derm_pipeline.images import Pixels
 from derm_pipeline.store import replacing
+from derm_pipeline.training.config import TrainingConfig, lr_factor
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CURVE = "curve.jsonl"
+
+
+LOSS_SCHEMA = pa.schema(
+    {
+        "step": pa.int32(),
+        "num_images": pa.int64(),
+        "loss": pa.float64(),
+        "lr": pa.float64(),
+        "validation_loss": pa.float64(),
+    }
+)
+"""The finished curve: steps done, examples seen, the loss of the step, its learning rate, the loss on held-out examples
+after it (null where it was not measured)."""
+
+
+def loss_table(losses: Sequence[float], validation: Sequence[tuple[int, float]], config: TrainingConfig) -> pa.Table:
+    """A row a step, as `LOSS_SCHEMA` says: the same whether the training was interrupted or not."""
+    steps = range(1, len(losses) + 1)
+    measured = dict(validation)
+    return pa.table(
+        {
+            "step": steps,
+            "num_images": [step * config.batch_size for step in steps],
+            "loss": losses,
+            "lr": [config.lr * lr_factor(step - 1, config) for step in steps],
+            "validation_loss": [measured.get(step) for step in steps],
+        },
+        LOSS_SCHEMA,
+    )
+
+
+def images_per_s(work: Path) -> float | None:
+    """The median pace of a training, over the lines of its curve; None where there is none.
+
+    It is a fact of the machine, not of the training: no part of a finished curve.
+    """
+    lines = read_curve(work)
+    return float(np.median([line["images_per_s"] for line in lines])) if lines else None
 
 
 class Curve:
@@ -86,4 +129,5 @@ def check_tensorboard() -> None:
 def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=first_step)
+    # what a killed training told of later steps is told again: TensorBoard drops it from this step on
+    return SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -63,10 +63,10 @@ class Draws:
                 ahead = pool.submit(self._of_step, step + 1) if step + 1 in left else None
                 yield step, batches
 
-    def fixed(self) -> Iterator[Batch]:
-        """The micro batches of a validation: the same each time."""
+    def fixed(self, done: int) -> Iterator[Batch]:
+        """The micro batches of a validation after so many steps: the same each time, weighed as the last step's."""
         for number in range(self._config.validation_batches):
-            yield from self._own(self._draw(step_seed(self._config.seed ^ _VALIDATION, number), number))
+            yield from self._own(self._draw(step_seed(self._config.seed ^ _VALIDATION, number), done - 1))
 
     def on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}

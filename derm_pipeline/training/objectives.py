@@ -172,7 +172,7 @@ def train_generator(
     work: Path,
     held_out: tuple[Tensor | Moments, Mapping[str, Tensor]] | None = None,
     on_progress: OnProgress | None = None,
-    on_samples: OnSamples | None = None,
+    on_samples: Callable[[int, Network, GeneratorSpec], Pixels | None] | None = None,
     stop_when: Callable[[], bool] | None = None,
     tensorboard: Path | None = None,
 ) -> tuple[GeneratorSpec, Network, Trained]:
@@ -188,7 +188,7 @@ def train_generator(
         held_out: moments and labels that are never trained on, for a validation loss: what a training loss would be
             on them, conditions hidden and diagnoses evened out alike.
         on_progress: see `loop.train`.
-        on_samples: see `loop.train`.
+        on_samples: see `loop.OnSamples`; it is handed the generator's spec, too.
         stop_when: see `loop.train`.
         tensorboard: see `loop.train`.
 
@@ -205,9 +205,9 @@ def train_generator(
         config.training,
         work=work,
         validation=GeneratorObjective(model, spec, *held_out, config) if held_out else None,
-        identity=spec.model_dump(mode="json") | config.model_dump(mode="json", exclude={"training", "law"}),
+        identity=spec.model_dump(mode="json") | config.model_dump(mode="json", exclude={"training", "law", "grid"}),
         on_progress=on_progress,
-        on_samples=on_samples,
+        on_samples=None if on_samples is None else lambda step, _: on_samples(step, model, spec),
         stop_when=stop_when,
         tensorboard=tensorboard,
     )

@@ -14,6 +14,7 @@ from derm_pipeline.models.dit import DiTConfig
 from derm_pipeline.models.generator import NetworkConfig
 from derm_pipeline.models.unet import UNetConfig
 from derm_pipeline.training.config import TrainingConfig
+from derm_pipeline.training.grids import GridConfig
 
 Condition = Literal["diagnosis", "skin_type", "sex", "age_band", "site"]
 
@@ -50,6 +51,8 @@ class GeneratorTraining(BaseModel):
     """The noise law."""
     training: TrainingConfig
     """Budget and optimiser."""
+    grid: GridConfig | None = GridConfig()
+    """Samples that are drawn on the way, as often as `training.samples_every_steps` says; null: none."""
 
     @field_validator("conditions")
     @classmethod

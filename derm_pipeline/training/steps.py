@@ -165,11 +165,11 @@ class Steps:
         """What follows now that so many steps are done."""
         config, is_last = self._config, done == self._config.steps
         saves = done % config.steps_between_checkpoints == 0 and not is_last
-        validates = self._validation is not None and (is_last or done % config.validate_every_steps == 0)
+        validates = self._validation is not None and (is_last or done % config.steps_between_validations == 0)
         return Due(
             report=saves or validates or is_last or done % config.report_every_steps == 0,
             validate=validates,
-            samples=may_sample and done % config.samples_every_steps == 0,
+            samples=may_sample and (is_last or done % config.steps_between_samples == 0),
             save=saves,
         )
 
@@ -197,7 +197,7 @@ class Steps:
         if self._validation is None or self._held_out is None:
             return None
         self._validation.eval()
-        totals = [self._validation(self._held_out.on_device(batch)).mean() for batch in self._held_out.fixed()]
+        totals = [self._validation(self._held_out.on_device(batch)).mean() for batch in self._held_out.fixed(done)]
         self.state.model.train()
         loss = float(self._processes.mean(torch.stack(totals).mean()))
         self.state.validation.append((done, loss))
@@ -208,7 +208,8 @@ class Steps:
         """The model, in eval mode and holding the first average, for who draws samples of it."""
         model = self.state.model
         model.eval()
-        with self.state.averages.in_place():
+        # not compiled: its batches are of another size, and compiling for them takes longer than drawing them
+        with self.state.averages.in_place(), torch.compiler.set_stance("force_eager"):
             yield model
         model.train()
 

@@ -9,7 +9,7 @@ from derm_pipeline.defs import partitions
 from derm_pipeline.defs.assets.shared import GPU_POOL, OWNERS, Asset, progress
 from derm_pipeline.defs.reporting import check, materialised, thumbnail
 from derm_pipeline.defs.resources import Shower
-from derm_pipeline.defs.stages import evaluation, generator, reports, summary
+from derm_pipeline.defs.stages import evaluation, generator, reports, sets, summary
 from derm_pipeline.defs.workspace import Workspace
 
 MIN_AGREEMENT = 0.5
@@ -36,12 +36,12 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
         group_name="3_splits",
         kinds={"parquet"},
         owners=OWNERS,
-        code_version=generator.CODE_VERSIONS["training_set"],
+        code_version=sets.CODE_VERSIONS["training_set"],
         check_specs=[dg.AssetCheckSpec("nothing_held_out_is_trained_on", asset="training_set", blocking=True)],
     )
     def training_set(context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.MaterializeResult:
         """The rows, captions and classes that this recipe's generator may see: train split only."""
-        artifact = generator.training_set(workspace, context.partition_key)
+        artifact = sets.training_set(workspace, context.partition_key)
         problems = summary.leaks(workspace, artifact)
         return materialised(artifact, checks=[check("nothing_held_out_is_trained_on", problems, blocking=True)])
 
@@ -51,17 +51,31 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
         group_name="3_splits",
         kinds={"parquet"},
         owners=OWNERS,
-        code_version=generator.CODE_VERSIONS["evaluation_set"],
+        code_version=sets.CODE_VERSIONS["evaluation_set"],
     )
     def evaluation_set(
         context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]
     ) -> dg.MaterializeResult:
         """The held-out rows (val, test) that this recipe is judged on; no stage of the generator reads them."""
-        return materialised(generator.evaluation_set(workspace, context.partition_key))
+        return materialised(sets.evaluation_set(workspace, context.partition_key))
 
     @dg.asset(
         partitions_def=recipes,
-        deps=[training_set],
+        deps=[of_source("records"), of_sources["splits"]],
+        group_name="3_splits",
+        kinds={"parquet"},
+        owners=OWNERS,
+        code_version=sets.CODE_VERSIONS["validation_set"],
+    )
+    def validation_set(
+        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]
+    ) -> dg.MaterializeResult:
+        """Val rows on which a training is watched: nothing is learnt of them, or chosen by them."""
+        return materialised(sets.validation_set(workspace, context.partition_key))
+
+    @dg.asset(
+        partitions_def=recipes,
+        deps=[training_set, validation_set],
         group_name="4_generator",
         kinds={"pytorch"},
         owners=OWNERS,
@@ -77,12 +91,13 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
         return materialised(
             artifact,
             picture=summary.reconstructions(workspace, context.partition_key),
+            pictures={"loss_curve": summary.loss_picture(artifact)},
             checks=[check("images_come_back", summary.poor_reconstruction(workspace, artifact), blocking=True)],
         )
 
     @dg.asset(
         partitions_def=recipes,
-        deps=[training_set, autoencoder],
+        deps=[training_set, validation_set, autoencoder],
         group_name="4_generator",
         kinds={"pytorch"},
         owners=OWNERS,
@@ -93,7 +108,7 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
     def latents(
         context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
     ) -> dg.MaterializeResult:
-        """Moments of every training image in every orientation, in shards."""
+        """Moments of every training image in every orientation, in shards; apart from them, those of val images."""
         artifact = generator.latents(workspace, context.partition_key, progress(context, shower).count)
         problems = summary.non_finite_moments(artifact)
         return materialised(artifact, checks=[check("moments_are_finite", problems, blocking=True)])
@@ -101,7 +116,7 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
     @dg.asset(
         name="generator",
         partitions_def=recipes,
-        deps=[training_set, latents],
+        deps=[training_set, validation_set, latents],
         group_name="4_generator",
         kinds={"pytorch"},
         owners=OWNERS,
@@ -111,9 +126,11 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
     def generator_(
         context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
     ) -> dg.MaterializeResult:
-        """Weights, their moving average, and the loss of every step."""
+        """Weights, their moving average, the loss of every step and on val images, and samples drawn on the way."""
         artifact = generator.generator(workspace, context.partition_key, progress(context, shower).step)
-        return materialised(artifact, picture=summary.loss_curve(artifact))
+        return materialised(
+            artifact, picture=summary.loss_picture(artifact), pictures={"samples": summary.last_grid(artifact)}
+        )
 
     @dg.asset(
         partitions_def=recipes,
@@ -229,6 +246,7 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
     return [
         training_set,
         evaluation_set,
+        validation_set,
         autoencoder,
         latents,
         generator_,

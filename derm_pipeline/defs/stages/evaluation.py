@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from derm_pipeline.defs.stages.generator import EVALUATION_SET, METADATA, TRAINING_SET, pixel_inputs, squares
+from derm_pipeline.defs.stages.generator import METADATA
+from derm_pipeline.defs.stages.sets import EVALUATION_SET, TRAINING_SET, pixel_inputs, squares
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import Split, canonical
 from derm_pipeline.store import Artifact, Build, Request

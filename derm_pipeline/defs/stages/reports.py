@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, LABELS, QUARANTINED, RECORDS, decode_mask, image_files
 from derm_pipeline.defs.stages.evaluation import CODE_VERSIONS, COPIES, FIDELITY, GROUP_TABLES, sample_images
-from derm_pipeline.defs.stages.generator import EVALUATION_SET, LOSSES, TRAINING_SET, squares
-from derm_pipeline.defs.stages.summary import reconstructed
+from derm_pipeline.defs.stages.sets import EVALUATION_SET, TRAINING_SET, squares
+from derm_pipeline.defs.stages.summary import loss_curve, reconstructed
+from derm_pipeline.defs.stages.watching import some_grids
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.images import Pixels, decode, read_bytes, to_square
 from derm_pipeline.records import Diagnosis, Split, canonical
@@ -65,7 +66,7 @@ def report(workspace: Workspace, name: str) -> Artifact:
 
 
 def _content(workspace: Workspace, recipe: Recipe, used: dict[str, Artifact]) -> ReportContent:
-    from derm_pipeline.evaluation.report_content import LossCurve, Reconstructions, ReportContent
+    from derm_pipeline.evaluation.report_content import Reconstructions, ReportContent, SampleGrid
 
     train, held_out = used["training_set"].table(TRAINING_SET), used["evaluation_set"].table(EVALUATION_SET)
     test = _test_rows(held_out)
@@ -102,7 +103,9 @@ def _content(workspace: Workspace, recipe: Recipe, used: dict[str, Artifact]) ->
             images, rebuilt, fidelity.counts["reconstruction_psnr_db"], fidelity.counts["num_test"]
         ),
         comparison=comparison(workspace, recipe, train, metadata, samples),
-        losses={asset: LossCurve(*_losses(used[asset])) for asset in ("autoencoder", "generator")},
+        losses={asset: loss_curve(used[asset]) for asset in ("autoencoder", "generator")},
+        grids=[SampleGrid(step, image) for step, image in some_grids(used["generator"]).items()],
+        grid_rows=[diagnosis.value for diagnosis in canonical(train["diagnosis"].to_pylist())],
         agreement=judged["agreement"],
         num_samples={"all": synthetic_counts["num_samples"], **synthetic_counts["diagnoses"]},
         num_agreement_seeds=judged["num_seeds"],
@@ -234,11 +237,6 @@ def _of(table: pa.Table, diagnosis: Diagnosis) -> pa.Table:
 
 def _skin(skin_type: int | None) -> str:
     return f"skin type {skin_type}" if skin_type else ""
-
-
-def _losses(artifact: Artifact) -> tuple[np.ndarray, np.ndarray]:
-    table = artifact.table(LOSSES)
-    return table["step"].to_numpy(), table["loss"].to_numpy()
 
 
 def _nearest_pairs(

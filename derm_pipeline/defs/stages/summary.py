@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pyarrow as pa
 
-from derm_pipeline.defs.stages.generator import LOSSES, METADATA, TRAINING_SET, splits_of, squares
+from derm_pipeline.defs.stages.generator import METADATA
+from derm_pipeline.defs.stages.sets import TRAINING_SET, splits_of, squares
+from derm_pipeline.defs.stages.watching import LOSSES, grids
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.images import Pixels, contact_sheet
 from derm_pipeline.store import Artifact
+
+if TYPE_CHECKING:
+    from derm_pipeline.evaluation.report_content import LossCurve
 
 
 def leaks(workspace: Workspace, training_set: Artifact) -> list[str]:
@@ -62,12 +69,33 @@ def copy_problems(fidelity: Artifact) -> list[str]:
     ]
 
 
-def loss_curve(artifact: Artifact) -> Pixels:
-    """The loss of every step as a picture."""
+def loss_curve(artifact: Artifact) -> LossCurve:
+    """The losses of a training, and those on val images where they were measured."""
+    from derm_pipeline.evaluation.report_content import LossCurve
+
+    table = artifact.table(LOSSES)
+    steps, losses = table["step"].to_numpy(), table["loss"].to_numpy()
+    if "validation_loss" not in table.column_names:  # made before there were any
+        return LossCurve(steps, losses)
+    measured = table.filter(table["validation_loss"].is_valid())
+    num_held_out = artifact.counts.get("num_validation_images")
+    return LossCurve(steps, losses, measured["step"].to_numpy(), measured["validation_loss"].to_numpy(), num_held_out)
+
+
+def loss_picture(artifact: Artifact) -> Pixels | None:
+    """The curve as a picture; None of what was not trained."""
     from derm_pipeline.evaluation.plots import loss_curve_picture
 
-    losses = artifact.table(LOSSES)
-    return loss_curve_picture(losses["step"].to_numpy(), losses["loss"].to_numpy(), artifact.manifest.asset)
+    curve = loss_curve(artifact)
+    validation = (curve.validation_steps, curve.validation_losses)
+    if not len(curve.steps):
+        return None
+    return loss_curve_picture(curve.steps, curve.losses, artifact.manifest.asset, validation=validation)
+
+
+def last_grid(generator: Artifact) -> Pixels | None:
+    """The samples that were drawn at the end of the training."""
+    return next(reversed(grids(generator).values()), None)
 
 
 def reconstructions(workspace: Workspace, name: str, count: int = 14) -> Pixels:
