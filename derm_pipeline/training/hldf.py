@@ -49,10 +49,10 @@ class HldfConfig(BaseModel):
     loss: ImageLoss = "colour_moments"
     """How a drawn image is compared with the real one: colour_moments (Med-Art's), colour_quantiles, low_frequency or
     pixels. The first two compare colours wherever they lie, the last two place by place."""
-    start: float | None = Field(default=None, gt=0, le=1)
-    """Part of the drawing that is taken: 1 starts from noise alone, less from the example's own latents under as much
-    noise. null: 1 for losses of colours; 0.5 for those by place, which have nothing to compare in an image that shares
-    no place with the real one."""
+    strength: float | None = Field(default=None, gt=0, le=1)
+    """Part of the steps that is taken, as for img2img: 1 starts from noise alone, less from the example's own latents
+    under as much noise. null: 1 for losses of colours; 0.5 for those by place, which have nothing to compare in an
+    image that shares no place with the real one."""
     spacing: Literal["linspace", "trailing"] | None = "linspace"
     """Which steps of a DDPM law are visited, as diffusers' DPM-Solver++ names it; null is the law's own grid, the only
     one of a flow."""
@@ -70,8 +70,8 @@ class HldfConfig(BaseModel):
     @property
     def num_taken(self) -> int:
         """Steps that a drawing takes of the `num_steps`."""
-        start = self.start or (0.5 if self.loss in _BY_PLACE else 1.0)
-        return max(1, round(start * self.num_steps))
+        strength = self.strength or (0.5 if self.loss in _BY_PLACE else 1.0)
+        return max(1, int(self.num_steps * strength))
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -134,8 +134,7 @@ class Hldf:
         Args:
             config: When and how.
             law: What the network predicts.
-            network: The network that is trained. Its `null_conditions` are the far side of the guidance: where a text
-                encoder is trained, they embed the empty caption with gradients, too.
+            network: The network that is trained.
             decode: See `frozen_decoder`.
 
         Raises:
@@ -164,6 +163,7 @@ class Hldf:
         *,
         images: Tensor | None = None,
         latents: Tensor | None = None,
+        null: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The loss (n,) of each row, not yet weighted; row i depends on row i alone.
 
@@ -175,6 +175,8 @@ class Hldf:
             noise: Standard normal noise (n, c, h, w) to draw from.
             images: The real images (n, 3, f h, f w) in [-1, 1]; None takes what the decoder makes of `latents`.
             latents: The examples' own latents (n, c, h, w); needed without images, and where `needs_latents`.
+            null: What the guidance goes away from, where it is not the network's own nulls; see `guided`. Where a text
+                encoder is trained, it is the empty caption, embedded with gradients.
 
         Raises:
             ValueError: neither images nor latents, where they are needed.
@@ -184,13 +186,20 @@ class Hldf:
                 raise ValueError("there is nothing to compare drawn images with: give the real images or their latents")
             with torch.no_grad():
                 images = self._decode(latents)
-        drawn = self._decode(self.draw(told, noise, latents))
+        drawn = self._decode(self.draw(told, noise, latents=latents, null=null))
         dtype = torch.promote_types(drawn.dtype, torch.float32)
         return image_losses(self.config.loss, drawn.to(dtype), images.to(drawn.device, dtype))
 
-    def draw(self, told: Mapping[str, Tensor], noise: Tensor, latents: Tensor | None = None) -> Tensor:
+    def draw(
+        self,
+        told: Mapping[str, Tensor],
+        noise: Tensor,
+        *,
+        latents: Tensor | None = None,
+        null: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Latents (n, c, h, w) drawn by DPM-Solver++(2M), with gradients; see `losses` for what is given."""
-        denoise = guided(self._network, told, self.config.guidance)
+        denoise = guided(self._network, told, self.config.guidance, null=null)
         stage = _GradientStage(denoise, self._law, self._grid, noise, self.config)
         if not self.needs_latents:
             return dpm2m(stage, noise)
@@ -249,7 +258,14 @@ class HldfObjective:
     is hidden for the images. A validation takes the objective without it: its batches are no steps.
     """
 
-    def __init__(self, inner: LatentObjective, term: Hldf, *, images: Callable[[Batch], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        inner: LatentObjective,
+        term: Hldf,
+        *,
+        images: Callable[[Batch], Tensor] | None = None,
+        null: Callable[[int], Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Around the objective that is there.
 
         Args:
@@ -258,8 +274,9 @@ class HldfObjective:
             images: The real images (n, 3, f h, f w) in [-1, 1], on the CPU, of a drawn batch, cropped and turned as
                 the batch says. None compares with what the decoder makes of the rows' latents: no file is read, and the
                 decoder's own errors do not count.
+            null: What the guidance goes away from, for so many rows; see `Hldf.losses`.
         """
-        self._inner, self._term, self._images = inner, term, images
+        self._inner, self._term, self._images, self._null = inner, term, images, null
 
     def draw(self, step: int, stream: torch.Generator) -> Batch:
         batch = self._inner.draw(step, stream)
@@ -276,5 +293,7 @@ class HldfObjective:
             return losses
         images = batch.get(_IMAGES)
         latents = self._inner.latents(batch) if images is None or self._term.needs_latents else None
-        added = self._term.losses(self._inner.told(batch), batch[_NOISE], images=images, latents=latents)
+        null = None if self._null is None else self._null(len(losses))
+        told, noise = self._inner.told(batch), batch[_NOISE]
+        added = self._term.losses(told, noise, images=images, latents=latents, null=null)
         return losses + self._term.config.image_weight * added

@@ -76,7 +76,7 @@ class Steps:
         self._held_out = Draws(validation, config, processes, device) if validation else None
         self._validation = _Module(model, validation, config) if validation else None
         self._module = _Module(model, objective, config).train()
-        need = estimate(self._module, len(config.decays), self._draws.some(TRIED))
+        need = estimate(self._module, len(config.decays), self._draws.some(min(TRIED, 2 * processes.micro)))
         check_memory(need, processes.micro, processes.share, device, is_compiled=config.compile)
         self._wrapped = processes.wrap(self._module)
         self._pending: list[Tensor] = []

@@ -151,8 +151,8 @@ def test_it_draws_what_the_scheduler_of_diffusers_draws():
     [
         {},
         {"loss": "colour_quantiles"},
-        {"loss": "pixels", "start": 1},
-        {"loss": "low_frequency", "start": 0.5, "num_steps": 4, "activation_checkpointing": False},
+        {"loss": "pixels", "strength": 1},
+        {"loss": "low_frequency", "strength": 0.5, "num_steps": 4, "activation_checkpointing": False},
         {"guidance": 1.0, "law": RectifiedFlow(), "spacing": None},
     ],
 )
@@ -279,7 +279,7 @@ def test_gradients_reach_the_lora_of_denoiser_and_text_encoder_and_nothing_of_th
     vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4)
 
     class Network:
-        """The prediction without its variance, of a told or the empty caption, both embedded with gradients."""
+        """The prediction without its variance; its own nulls are of no use here."""
 
         def __call__(self, x, time, told):
             return denoiser(
@@ -287,16 +287,17 @@ def test_gradients_reach_the_lora_of_denoiser_and_text_encoder_and_nothing_of_th
             )[0][:, :4]
 
         def null_conditions(self, num):
-            return {"text": embed(torch.ones(num, 5, dtype=torch.long))}
+            return {"text": torch.full((num, 5, 16), torch.nan)}
 
     def embed(tokens):
-        return text(tokens).last_hidden_state
+        return {"text": text(tokens).last_hidden_state}
 
     vae.decoder.requires_grad_(requires_grad=True)
     decode = frozen_decoder(Decoding(vae), [0.1] * 4, [2.0] * 4)
     term = Hldf(HldfConfig(num_steps=3), EPSILON, Network(), decode)
-    told = {"text": embed(torch.randint(2, 20, (2, 5)))}
-    term.losses(told, torch.randn(2, 4, 4, 4), images=torch.rand(2, 3, 4, 4)).sum().backward()
+    told, null = embed(torch.randint(2, 20, (2, 5))), embed(torch.ones(2, 5, dtype=torch.long))
+    losses = term.losses(told, torch.randn(2, 4, 4, 4), images=torch.rand(2, 3, 4, 4), null=null)
+    losses.sum().backward()
     for module in (text, denoiser):
         trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         assert trained
@@ -326,6 +327,18 @@ def test_the_decoder_gets_latents_as_its_encoder_made_them():
     assert not model.training
 
 
+def test_guidance_goes_away_from_what_is_given_as_nothing_with_its_gradients():
+    toy = Toy()
+    told, noise, images, _ = toys()
+    term = hldf(toy, num_steps=2)
+    given = toy.empty.detach().clone().requires_grad_()
+    losses = term.losses(told, noise, images=images, null={"text": given.expand(2, -1)})
+    torch.testing.assert_close(losses, term.losses(told, noise, images=images))
+    losses.sum().backward()
+    assert toy.empty.grad is None
+    assert given.grad.abs().max() > 0
+
+
 def test_a_drawing_that_starts_part_way_starts_from_the_examples_own_latents():
     toy = Toy()
     term = hldf(toy, loss="pixels", num_steps=20)
@@ -344,7 +357,7 @@ def test_a_drawing_that_starts_part_way_starts_from_the_examples_own_latents():
             return torch.cat([noise, noise])
 
     oracle = hldf(Oracle(), EPSILON, decoder=lambda latents: latents[:, :3], loss="pixels")
-    torch.testing.assert_close(oracle.draw(told, noise, latents), latents)
+    torch.testing.assert_close(oracle.draw(told, noise, latents=latents), latents)
     assert oracle.losses(told, noise, latents=latents).max() < 1e-20
 
 
