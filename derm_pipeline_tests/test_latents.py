@@ -87,6 +87,27 @@ def test_a_large_jpeg_is_decoded_at_reduced_scale(tmp_path, monkeypatch):
     assert decoded[0].shape == (48, 64, 3)
 
 
+@pytest.mark.parametrize(("size_px", "num", "expected"), [(64, 70, 24), (256, 33, 17), (512, 20, 7), (2048, 2, 1)])
+def test_a_cpu_encodes_parts_of_a_batch_that_fit_its_caches(files, tmp_path, size_px, num, expected):
+    seen = []
+
+    def noted(batch):
+        seen.append(len(batch))
+        return batch[:, :1, :4, :4], batch[:, :1, :4, :4]
+
+    def drawn(some):
+        squares = np.zeros((len(some), size_px, size_px, 3), np.uint8)
+        squares[:, 0, 0, 0] = np.arange(len(some))
+        return squares
+
+    many = [ImageFile(files[0].path, f"{number:064x}") for number in range(num)]
+    latents.encode_images(many, drawn, noted, LatentConfig(size_px=size_px), out=tmp_path / "out")
+    assert max(seen) == expected
+    assert max(seen) - min(seen) <= 1
+    moments = latents.load_moments(tmp_path / "out")[1]
+    assert torch.equal(moments[:, 0, 0, 0, 0], (torch.arange(num) / 127.5 - 1).half())
+
+
 def test_an_interrupted_encoding_keeps_its_finished_shards(files, tmp_path):
     seen = []
 
@@ -301,6 +322,7 @@ def test_mapped_moments_are_indexed_as_the_tensor_is(folder):
     assert torch.equal(moments.to("cpu")[rows, orientations], tensor[rows, orientations])
     assert latents.latent_statistics(moments) == latents.latent_statistics(tensor)
     assert moments[rows, orientations].dtype == torch.float16
+    assert moments[rows[:0], orientations[:0]].shape == (0, 6, 4, 4)
 
 
 def test_only_the_rows_asked_for_are_loaded_in_the_order_asked_for(folder):

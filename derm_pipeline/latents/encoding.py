@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _AHEAD = 2
 """Batches that are decoded, or waiting, before the encoder is free for them."""
+_CPU_BATCH = 32
+"""Images of up to 256 px that a CPU encodes at once, whatever the batch: features of more do not stay in its caches."""
 _LARGEST = 65504.0
 """The largest finite float16."""
 
@@ -48,7 +50,7 @@ class LatentConfig(BaseModel):
     shard_size: int = Field(default=1024, ge=1)
     """Images in one shard, at most; also what an interruption can lose."""
     batch_size: int = Field(default=128, ge=1)
-    """Images encoded at once."""
+    """Images decoded, and on a GPU encoded, at once; a CPU takes them in smaller parts."""
 
 
 def encode_images(
@@ -170,9 +172,7 @@ class _Work:
         """float16 (n, orientations, 2 c, h, w) on the CPU, of pixels (n, h, w, 3)."""
         import torch
 
-        pixels = to_model_range(images.to(self.device, non_blocking=True))
-        oriented = [torch.cat(self.encode(orient(pixels, k)), dim=1) for k in range(self.config.orientations)]
-        moments = torch.stack(oriented, dim=1)
+        moments = torch.cat([self._oriented(part.to(self.device, non_blocking=True)) for part in self._parts(images)])
         largest = moments.abs().flatten(1).amax(1).float().cpu()  # NaN where a value is NaN
         for file, value in zip(batch.files, largest.tolist(), strict=True):
             if not value <= _LARGEST:
@@ -181,6 +181,21 @@ class _Work:
                     "hold; encode in float32 or bf16 (some autoencoders, SDXL's among them, overflow in fp16)"
                 )
         return moments.half().cpu()
+
+    def _parts(self, images: Tensor) -> Sequence[Tensor]:
+        """What is encoded at once: on a CPU parts of even size, since in float32 very small ones round otherwise."""
+        if self.device.type != "cpu":
+            return [images]
+        most = max(1, min(_CPU_BATCH, _CPU_BATCH * 256**2 // self.config.size_px**2))
+        return images.tensor_split(-(-len(images) // most))
+
+    def _oriented(self, images: Tensor) -> Tensor:
+        """Moments (n, orientations, 2 c, h, w) of pixels (n, h, w, 3)."""
+        import torch
+
+        pixels = to_model_range(images)
+        oriented = [torch.cat(self.encode(orient(pixels, k)), dim=1) for k in range(self.config.orientations)]
+        return torch.stack(oriented, dim=1)
 
 
 @dataclass

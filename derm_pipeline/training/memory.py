@@ -20,7 +20,7 @@ class Need(NamedTuple):
     """Bytes that a training takes beside its network."""
 
     states: int
-    """Gradients, AdamW's two moments and the averages."""
+    """Gradients (on a CPU those of the step before, too), AdamW's two moments and the averages."""
     fixed: int
     """Kept for the backward pass whatever the batch: weights in lower precision."""
     per_example: int
@@ -35,8 +35,9 @@ def estimate(module: nn.Module, num_averages: int, batch: Mapping[str, Tensor]) 
         num_averages: moving averages of the weights.
         batch: `TRIED` examples, or fewer where there are no more; on the module's device.
     """
-    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    states = trained * (3 + num_averages)
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    num_gradients = 2 if weights[0].device.type == "cpu" else 1
+    states = sum(weight.nbytes for weight in weights) * (num_gradients + 2 + num_averages)
     most = min(len(tensor) for tensor in batch.values())
     few = max(1, most // 2)
     kept = [_kept_bytes(module, {name: tensor[:num] for name, tensor in batch.items()}) for num in {few, most}]
