@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from derm_pipeline.models.generator import GeneratorSpec
 
 _FORMATS = ("png", "webp", "jpeg", "parquet", "npz", "grid")
+_MOST = 1_000_000
+"""Samples of one command: each has its row in memory."""
 _SOLVERS = ("dpm2m", "unipc", "euler", "ddim", "heun", "ddpm")
 
 
@@ -132,10 +134,14 @@ def _requests(
     from derm_pipeline.generation import diagnosis_called, requests_of_cells
 
     known = [Diagnosis(value) for value in spec.classes["diagnosis"]]
-    asked = dict.fromkeys(diagnosis_called(words, known) for words in diagnoses)
+    asked = list(dict.fromkeys(diagnosis_called(words, known) for words in diagnoses)) or known
+    of_skin_types: list[SkinType | None] = [*map(SkinType, dict.fromkeys(skin_types))] or [None]
+    num_samples = len(asked) * len(of_skin_types) * count
+    if num_samples > _MOST:
+        raise UserError(f"--count {count:,}: {num_samples:,} samples in all; at most {_MOST:,} go into one folder")
     return requests_of_cells(
-        list(asked) or known,
-        [SkinType(value) for value in dict.fromkeys(skin_types)] or [None],
+        asked,
+        of_skin_types,
         count,
         config.seed,
         further=_further(tell),

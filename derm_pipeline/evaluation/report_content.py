@@ -138,6 +138,8 @@ class ReportContent:
     """"all" and diagnosis -> share of samples that classifiers of real images call what was asked for."""
     num_samples: Mapping[str, int] = field(default_factory=dict)
     """"all" and diagnosis -> samples."""
+    num_unseen: int | None = None
+    """Samples of cells (diagnosis, skin type ...) without a training image; None where it is not known."""
     num_agreement_seeds: int = 1
     """Classifiers over which the agreement is averaged."""
     fidelity: pd.DataFrame | None = None

@@ -180,7 +180,18 @@ def samples_section(content: ReportContent, side_px: int) -> Markup:
             "One line a diagnosis: real images on the left, samples on the right, light to dark skin. They are "
             "examples, not a figure."
         ),
+        _unseen(content),
         element("div", _comparison_head(), rows, class_="comparison") if content.comparison else missing("Samples"),
+    )
+
+
+def _unseen(content: ReportContent) -> Markup | None:
+    if content.num_unseen is None:
+        return None
+    total = content.num_samples.get("all", 0)
+    return paragraph(
+        f"Samples of cells without a training image: {content.num_unseen:,} of n = {total:,}. There the generator has "
+        "seen each condition, but never their combination."
     )
 
 

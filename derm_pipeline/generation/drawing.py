@@ -110,6 +110,9 @@ def draw_batches(
         ValueError: the generator is not told what is asked for, or the batch does not fit the device.
     """
     check_requests(requests, GeneratorSpec.load(generator), has_text=embed_text is not None)
+    # Batches are filled up, so one that is larger than all that is asked for would be work for nothing.
+    enough = 1 << (len(requests) - 1).bit_length() if requests else 1
+    config = config.model_copy(update={"batch_size": min(config.batch_size, enough)})
     drawer = Drawer(generator, autoencoder, config, embed_text)
     batches = [requests[start : start + config.batch_size] for start in range(0, len(requests), config.batch_size)]
     paths = [
@@ -148,10 +151,12 @@ def _obtain(path: Path, batch: Sequence[SampleRequest], drawer: Drawer, *, waits
 
 
 def check_requests(requests: Sequence[SampleRequest], spec: GeneratorSpec, *, has_text: bool = False) -> None:
-    """Refuse what the generator is not told, before any work.
+    """Refuse what the generator is not told or never saw, before any work.
+
+    Each condition by itself: values that no training image shows together may be asked for (see `num_unseen`).
 
     Raises:
-        ValueError: a condition, or a value of one, that it does not know, with those that it knows.
+        ValueError: a condition, or a value of one, that it does not know or no training image has, with those it knows.
     """
     told = set(spec.network.conditions)
     asked = {name for request in requests for name in request.conditions}
@@ -160,6 +165,7 @@ def check_requests(requests: Sequence[SampleRequest], spec: GeneratorSpec, *, ha
     for name in spec.network.conditions:
         for value in {request.told(name) for request in requests}:
             class_index(spec.classes, name, value)
+            spec.check_seen(name, value)
     if getattr(spec.network, "has_text", False) and not has_text:
         raise ValueError("the generator is told text, and no text embeddings are given: pass embed_text")
 

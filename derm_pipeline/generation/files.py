@@ -6,6 +6,7 @@ same names, Software is `derm_pipeline`. Either way a single file that left its 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections import Counter
@@ -15,14 +16,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from derm_pipeline.captions.metadata import MetadataCaptionConfig, metadata_captions
-from derm_pipeline.generation.plan import ImageFormat, SampleRequest, SamplingConfig
+from derm_pipeline.generation.plan import ImageFormat, SampleRequest, SamplingConfig, num_train_images
 from derm_pipeline.images import Pixels
+from derm_pipeline.models.generator import GeneratorSpec
 from derm_pipeline.records import canonical
 from derm_pipeline.sources.base import num_cores
 from derm_pipeline.store import replacing
@@ -43,6 +46,8 @@ _SCHEMA = pa.schema(
         pa.field("guidance", pa.float64()),
         pa.field("num_steps", pa.int32()),
         *[pa.field(name, pa.string()) for name in ("solver", "generator_digest", "autoencoder_digest")],
+        pa.field("pixels_sha256", pa.string()),
+        pa.field("num_train_images", pa.int64()),
     ]
 )
 
@@ -62,10 +67,26 @@ def provenance_rows(
     recipe: str,
     generator_digest: str,
     autoencoder_digest: str,
+    pixels: Iterable[str],
+    spec: GeneratorSpec | None = None,
     sample_ids: Callable[[SampleRequest], str] | None = None,
     file_names: Callable[[SampleRequest], str] | None = None,
 ) -> list[dict[str, Any]]:
-    """What is said of every sample in the metadata, in the order of the requests."""
+    """What is said of every sample in the metadata, in the order of the requests.
+
+    Args:
+        requests: What was asked for.
+        config: How it was drawn.
+        recipe: Whose generator it is.
+        generator_digest: Content digest of the generator.
+        autoencoder_digest: Content digest of its autoencoder.
+        pixels: Of every sample, `digest_of_pixels`.
+        spec: The generator, for `num_train_images`: how many training images show all that the sample was told; without
+            it, and of a generator that does not say, None.
+        sample_ids: Names the samples; by default recipe and number.
+        file_names: Names their files.
+    """
+    shown = {request.prompt: num_train_images(request, spec) for request in requests} if spec else {}
     return [
         {
             "file_name": file_names(request) if file_names else request.file_as(config.image_format),
@@ -81,9 +102,19 @@ def provenance_rows(
             "solver": config.solver,
             "generator_digest": generator_digest,
             "autoencoder_digest": autoencoder_digest,
+            "pixels_sha256": digest,
+            "num_train_images": shown.get(request.prompt),
         }
-        for request, text in zip(requests, captions_of(requests), strict=True)
+        for request, text, digest in zip(requests, captions_of(requests), pixels, strict=True)
     ]
+
+
+def digest_of_pixels(image: Pixels) -> str:
+    """sha256 of an image's pixels (h, w, 3), uint8, row by row: as drawn, whatever file holds them.
+
+    A JPEG's own pixels are others.
+    """
+    return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()
 
 
 def metadata_table(rows: Sequence[Row]) -> pa.Table:
@@ -99,6 +130,7 @@ def write_dataset(
     recipe: str,
     generator_digest: str,
     autoencoder_digest: str,
+    spec: GeneratorSpec | None = None,
     write_bytes: Callable[[str, bytes], None],
 ) -> pa.Table:
     """Write the images in the imagefolder convention and return the metadata: one provenance row per image.
@@ -106,7 +138,13 @@ def write_dataset(
     Every file carries its own row's essentials, so that a single file that left the folder still tells.
     """
     rows = provenance_rows(
-        requests, config, recipe=recipe, generator_digest=generator_digest, autoencoder_digest=autoencoder_digest
+        requests,
+        config,
+        recipe=recipe,
+        generator_digest=generator_digest,
+        autoencoder_digest=autoencoder_digest,
+        pixels=map(digest_of_pixels, images),
+        spec=spec,
     )
     for row, content in encoded(images, rows, config.image_format, config.jpeg_quality):
         write_bytes(row["file_name"], content)
@@ -195,12 +233,15 @@ def dataset_card(
     *,
     licences: Sequence[str],
     size_px: int,
+    num_unseen: int | None = None,
     lineage_of: str | None = None,
 ) -> str:
     """The README of a synthetic dataset, with the front matter that dataset hubs read.
 
-    `lineage_of` is what `derm lineage` is asked for; None is the recipe's own dataset.
+    `num_unseen` samples were told what no single training image shows together (None: not known). `lineage_of` is what
+    `derm lineage` is asked for; None is the recipe's own dataset.
     """
+    unseen = _unseen(num_unseen, len(requests))
     walked = lineage_of or f"{recipe}/000000"
     counts = Counter(request.diagnosis for request in requests)
     table = "\n".join(
@@ -221,8 +262,18 @@ and the digest of the generator; `derm lineage {walked}` walks from there to the
 |---|---|
 {table}
 
-Trained on sources under: {"; ".join(licences)}. Use it under terms that all of them allow.
+{unseen}Trained on sources under: {"; ".join(licences)}. Use it under terms that all of them allow.
 
 Not for diagnosis, not for training a device without evidence of its benefit: see the recipe's report for who it helps
 and whom it fails.
 """
+
+
+def _unseen(num: int | None, num_samples: int) -> str:
+    if not num:
+        return ""
+    return (
+        f"{num} of the {num_samples} samples are of cells without a training image: each of their conditions was "
+        "learnt, their combination (say, a diagnosis on a skin type) never seen. `num_train_images` is 0 in their "
+        "rows; only other combinations tell what they should look like.\n\n"
+    )

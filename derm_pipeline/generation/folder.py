@@ -22,12 +22,14 @@ from derm_pipeline.generation.drawing import OnProgress, draw_batches
 from derm_pipeline.generation.files import (
     Row,
     dataset_card,
+    digest_of_pixels,
     encoded,
     metadata_table,
     provenance_rows,
     write_shards,
 )
-from derm_pipeline.generation.plan import SampleRequest, SamplingConfig
+from derm_pipeline.generation.plan import SampleRequest, SamplingConfig, num_unseen
+from derm_pipeline.models.generator import GeneratorSpec
 from derm_pipeline.store import Artifact, digest_of_json, replacing, write_json, write_table
 
 OutputFormat = Literal["png", "webp", "jpeg", "parquet", "npz", "grid"]
@@ -36,6 +38,8 @@ OutputFormat = Literal["png", "webp", "jpeg", "parquet", "npz", "grid"]
 REQUEST, METADATA, CARD = "request.json", "metadata.parquet", "README.md"
 _WORK, _LOCK = ".work", ".lock"
 _NOT_TOLD = {"plan", "num_samples", "skin_types", "batch_size", "image_format", "seed"}
+_MOST_IN_GRID = 2_500
+"""A sheet is one picture in memory."""
 _SINGLE = {"npz": "samples.npz", "grid": "samples.png"}
 
 
@@ -105,6 +109,8 @@ def generate_folder(
     config = config.model_copy(update={"image_format": output if output in ("png", "webp", "jpeg") else "png"})
     request = request_of(requests, config, output, recipe=recipe, generator=generator, autoencoder=autoencoder)
     _refuse_others(out, request)
+    if output == "grid" and len(requests) > _MOST_IN_GRID:
+        raise ValueError(f"a grid of {len(requests):,} samples: at most {_MOST_IN_GRID:,} fit one; take another format")
     if (out / METADATA).is_file() and not (out / _WORK).exists():  # asks for no lock: it may lie where nobody writes
         return False
     try:
@@ -131,11 +137,15 @@ def generate_folder(
         )
     with _locked(out, fcntl.LOCK_EX):  # one of them writes, when all have drawn
         if not (out / METADATA).is_file():
-            rows = _rows(requests, config, output, request)
+            spec = GeneratorSpec.load(generator.directory)
+            rows = _rows(requests, config, output, request, paths, spec)
             _write(out, paths, rows, config, output, columns)
             size_px = np.load(paths[0], mmap_mode="r", allow_pickle=False).shape[1]
             walked = str(generator.reference)
-            card = dataset_card(recipe, requests, licences=licences, size_px=size_px, lineage_of=walked)
+            unseen = num_unseen(requests, spec)
+            card = dataset_card(
+                recipe, requests, licences=licences, size_px=size_px, num_unseen=unseen, lineage_of=walked
+            )
             with replacing(out / CARD) as aside:
                 aside.write_text(card)
             write_table(out / METADATA, metadata_table(rows))
@@ -167,7 +177,12 @@ def _refuse_others(out: Path, request: Mapping[str, Any]) -> None:
 
 
 def _rows(
-    requests: Sequence[SampleRequest], config: SamplingConfig, output: OutputFormat, request: Mapping[str, Any]
+    requests: Sequence[SampleRequest],
+    config: SamplingConfig,
+    output: OutputFormat,
+    request: Mapping[str, Any],
+    paths: Sequence[Path],
+    spec: GeneratorSpec,
 ) -> list[dict[str, Any]]:
     recipe, name, single = request["recipe"], name_of(request), _SINGLE.get(output)
     return provenance_rows(
@@ -176,6 +191,8 @@ def _rows(
         recipe=recipe,
         generator_digest=request["generator"]["content_digest"],
         autoencoder_digest=request["autoencoder"]["content_digest"],
+        pixels=(digest_of_pixels(image) for path in paths for image in np.load(path, allow_pickle=False)),
+        spec=spec,
         sample_ids=lambda one: f"{recipe}/{name}/{one.number:06d}",
         file_names=(lambda one: f"{single}#{one.number}") if single else None,
     )

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from derm_pipeline.models.diffusion import Solver
+from derm_pipeline.models.generator import GeneratorSpec
 from derm_pipeline.models.runtime import Precision
 from derm_pipeline.records import Diagnosis, SkinType
 from derm_pipeline.store import digest_of_json
@@ -179,6 +180,21 @@ def requests_of_cells(
     return requests
 
 
+def num_train_images(request: SampleRequest, spec: GeneratorSpec) -> int | None:
+    """How many training images show all that a sample is told; None of a generator that does not say."""
+    told = {name: request.told(name) for name in request.conditions}
+    return spec.num_images(told) if spec.seen else None
+
+
+def num_unseen(requests: Sequence[SampleRequest], spec: GeneratorSpec) -> int | None:
+    """How many samples are told what no training image shows together; None of a generator that does not say."""
+    prompts = Counter(request.prompt for request in requests)
+    of_prompt = {request.prompt: request for request in requests}
+    if not spec.seen:
+        return None
+    return sum(prompts[prompt] for prompt, request in of_prompt.items() if not num_train_images(request, spec))
+
+
 def diagnosis_called(words: str, known: Sequence[Diagnosis]) -> Diagnosis:
     """The diagnosis of these that goes by a code ("mel") or in words ("Melanoma", "allergic contact dermatitis").
 
@@ -189,5 +205,5 @@ def diagnosis_called(words: str, known: Sequence[Diagnosis]) -> Diagnosis:
     for diagnosis in known:
         if said in (diagnosis.value.replace("_", " "), diagnosis.phrase.casefold()):
             return diagnosis
-    names = ", ".join(f"{diagnosis.value} ({diagnosis.phrase})" for diagnosis in known)
+    names = ", ".join(f"{diagnosis.value} ({diagnosis.phrase})" for diagnosis in known) or "none"
     raise ValueError(f"{words!r} is not a diagnosis that this generator is told; it knows {names}")

@@ -83,6 +83,9 @@ class GeneratorSpec(BaseModel):
     law: Law
     classes: dict[str, tuple[str, ...]]
     """Of each condition of the network; the diagnoses are those of the training set."""
+    seen: tuple[tuple[tuple[str | None, ...], int], ...] = ()
+    """What training images show: a value of each of `classes`, in order (None where it is not known), and how many
+    images show just these. Empty in files of before it was kept."""
     latent_mean: tuple[float, ...]
     """Mean of each latent channel over the training set."""
     latent_std: tuple[float, ...]
@@ -104,6 +107,25 @@ class GeneratorSpec(BaseModel):
     def unwhiten(self, latents: Tensor) -> Tensor:
         """The inverse of `whiten`."""
         return latents * self._per_channel(self.latent_std, latents) + self._per_channel(self.latent_mean, latents)
+
+    def num_images(self, values: Mapping[str, str | None]) -> int:
+        """How many training images show all of these conditions' values; None is any value, known or not."""
+        wanted = {list(self.classes).index(name): value for name, value in values.items() if value is not None}
+        return sum(num for shown, num in self.seen if all(shown[place] == value for place, value in wanted.items()))
+
+    def check_seen(self, condition: str, value: str | None) -> None:
+        """Refuse a value of a condition that no training image has: its row of the table is as chance made it.
+
+        Raises:
+            ValueError: with the values that were seen.
+        """
+        if not self.seen or value is None or self.num_images({condition: value}):
+            return
+        known = [other for other in self.classes[condition] if self.num_images({condition: other})]
+        raise ValueError(
+            f"{condition} {value} was never seen: no training image has it, so the generator would draw chance; "
+            f"ask for {', '.join(known)}"
+        )
 
     @staticmethod
     def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:

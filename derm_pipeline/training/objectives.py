@@ -116,10 +116,7 @@ class GeneratorObjective:
         config: GeneratorTraining,
     ) -> None:
         """See `train_generator` for what is given."""
-        check_classes(labels, {name: len(spec.classes[name]) for name in config.conditions})
-        for name in ("diagnosis", *config.conditions):
-            if len(labels[name]) != len(moments):
-                raise ValueError(f"{name} is told of {len(labels[name])} rows, and there are moments of {len(moments)}")
+        _check_labels(labels, {name: spec.classes[name] for name in config.conditions}, len(moments))
         device = next(model.parameters()).device
         self._model, self._spec, self._config = model, spec, config
         self._moments = moments
@@ -196,7 +193,7 @@ def train_generator(
         ValueError: labels outside their classes or not of the moments; and what `loop.train` refuses.
     """
     device = join_processes().device
-    spec = _spec(moments, classes, config)
+    spec = _spec(moments, labels, classes, config)
     torch.manual_seed(config.training.seed)
     model = build_network(spec.network).to(device)
     trained = train(
@@ -205,7 +202,8 @@ def train_generator(
         config.training,
         work=work,
         validation=GeneratorObjective(model, spec, *held_out, config) if held_out else None,
-        identity=spec.model_dump(mode="json") | config.model_dump(mode="json", exclude={"training", "law", "grid"}),
+        identity=spec.model_dump(mode="json", exclude={"seen"})
+        | config.model_dump(mode="json", exclude={"training", "law", "grid"}),
         on_progress=on_progress,
         on_samples=None if on_samples is None else lambda step, _: on_samples(step, model, spec),
         stop_when=stop_when,
@@ -214,7 +212,9 @@ def train_generator(
     return spec, model, trained
 
 
-def _spec(moments: Tensor | Moments, classes: Classes, config: GeneratorTraining) -> GeneratorSpec:
+def _spec(
+    moments: Tensor | Moments, labels: Mapping[str, Tensor], classes: Classes, config: GeneratorTraining
+) -> GeneratorSpec:
     missing = [name for name in config.conditions if name not in classes]
     if missing:
         raise ValueError(f"the generator is to be told {missing[0]}, of which no classes are given")
@@ -222,13 +222,31 @@ def _spec(moments: Tensor | Moments, classes: Classes, config: GeneratorTraining
     network = config.network(
         moments.shape[-1], moments.shape[2] // 2, {name: len(classes[name]) for name in config.conditions}
     )
+    told: dict[str, tuple[str, ...]] = {name: classes[name] for name in config.conditions}
+    _check_labels(labels, told, len(moments))
     return GeneratorSpec(
         network=network,
         law=config.law,
-        classes={name: classes[name] for name in config.conditions},
+        classes=told,
+        seen=_seen(labels, told),
         latent_mean=tuple(statistics["mean"]),
         latent_std=tuple(statistics["std"]),
     )
+
+
+def _check_labels(labels: Mapping[str, Tensor], told: Classes, num: int) -> None:
+    check_classes(labels, {name: len(known) for name, known in told.items()})
+    for name in ("diagnosis", *told):
+        if len(labels[name]) != num:
+            raise ValueError(f"{name} is told of {len(labels[name])} rows, and there are moments of {num}")
+
+
+def _seen(labels: Mapping[str, Tensor], told: Classes) -> tuple[tuple[tuple[str | None, ...], int], ...]:
+    """The values that occur together, in the order of their classes, and in how many rows."""
+    rows, counts = torch.stack([labels[name].cpu() for name in told], 1).unique(dim=0, return_counts=True)
+    values = [(*known, None) for known in told.values()]  # the null class is the last
+    shown = [tuple(of[place] for of, place in zip(values, row, strict=True)) for row in rows.tolist()]
+    return tuple(zip(shown, counts.tolist(), strict=True))
 
 
 def latents_of(moments: Tensor, noise: Tensor) -> Tensor:

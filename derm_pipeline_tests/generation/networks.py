@@ -19,7 +19,7 @@ CLASSES = {
 }
 
 
-def generator_at(folder, conditions=("diagnosis", "skin_type"), seed=11, autoencoder=None, law=None, **shape):
+def generator_at(folder, conditions=("diagnosis", "skin_type"), seed=11, autoencoder=None, law=None, seen=(), **shape):
     """A random network, moved off its all-zero start, and a random autoencoder (of 32 px)."""
     torch.manual_seed(seed)
     told = {name: CLASSES[name] for name in conditions}
@@ -34,6 +34,7 @@ def generator_at(folder, conditions=("diagnosis", "skin_type"), seed=11, autoenc
         network=network,
         law=law or RectifiedFlow(),
         classes=told,
+        seen=seen,
         latent_mean=(0.1,) * network.channels,
         latent_std=(1.0, 2.0, 0.5, 1.0, 1.5, 0.7)[: network.channels],
     )

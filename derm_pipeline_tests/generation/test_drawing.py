@@ -266,3 +266,17 @@ def test_compiled_networks_draw_nearly_the_same_and_the_same_in_any_batch(networ
     assert np.array_equal(again[::-1], images)
     plain = draw(requests, config.model_copy(update={"compile": False}), networks, tmp_path / "c")
     assert np.abs(plain.astype(int) - images).max() <= 1
+
+
+@pytest.mark.parametrize(("num", "filled"), [(1, 1), (5, 8), (8, 8), (21, 32)])
+def test_a_batch_larger_than_all_that_is_asked_for_is_not_filled_up(num, filled, networks, tmp_path, monkeypatch):
+    sizes = []
+
+    def draw_batch(self, batch):
+        sizes.append((len(batch), self._config.batch_size))
+        return np.zeros((len(batch), 4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(drawing.Drawer, "draw", draw_batch)
+    config = config_of(num_samples=num, batch_size=10**6)
+    draw(plan_samples(config, SEVEN, {}), config, networks, tmp_path / "work")
+    assert sizes == [(num, filled)]

@@ -1,5 +1,7 @@
 """Samples as files: readable by others, traceable from a single file, in every format."""
 
+import hashlib
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -62,6 +64,7 @@ def test_the_dataset_is_read_by_others_with_every_column(dataset, tmp_path_facto
     assert loaded.num_rows == 21
     by_id = {row["sample_id"]: row for row in loaded}
     for request, image, row in zip(requests, images, metadata.to_pylist(), strict=True):
+        assert row["pixels_sha256"] == hashlib.sha256(image.tobytes()).hexdigest()
         found = by_id[f"tiny/{request.number:06d}"]
         assert np.array_equal(np.asarray(found.pop("image")), image)
         assert found == {name: value for name, value in row.items() if name != "file_name"}
@@ -93,7 +96,12 @@ def test_the_card_counts_and_names_the_licences(dataset):
 def rows_of(num, **changes):
     config = config_of(num_samples=num, **changes)
     return provenance_rows(
-        plan_samples(config, SEVEN, {}), config, recipe="tiny", generator_digest="a" * 64, autoencoder_digest="b" * 64
+        plan_samples(config, SEVEN, {}),
+        config,
+        recipe="tiny",
+        generator_digest="a" * 64,
+        autoencoder_digest="b" * 64,
+        pixels=["c" * 64] * num,
     )
 
 

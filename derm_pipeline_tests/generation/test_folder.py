@@ -1,5 +1,6 @@
 """derm generate: a folder that is finished, resumed or refused; every row leads back to the generator."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -182,6 +183,59 @@ def test_a_generator_without_skin_types_is_not_asked_for_one(tmp_path):
     assert "told ['diagnosis'] only" in result.stderr
     rows = pq.read_table(folder_of(derm_generate(project, "--count", 2)) / "metadata.parquet").to_pylist()
     assert [row["prompt"] for row in rows[:2]] == ["diagnosis=akiec"] * 2
+
+
+SEEN = ((("mel", "5"), 3), (("mel", None), 4), (("nv", "2"), 6), (("bcc", None), 1))
+"""What training images showed: light and dark skin, but never a nevus on dark skin."""
+
+
+@pytest.fixture
+def who_saw(tmp_path):
+    """A project whose generator says what its training images showed."""
+    return with_networks(new_project(tmp_path / "saw"), generator_at(tmp_path / "networks", seen=SEEN))
+
+
+def test_what_no_training_image_shows_is_refused_with_what_was_seen(who_saw):
+    for arguments, words in (
+        (("--diagnosis", "df"), "diagnosis df was never seen: no training image has it"),
+        (("--diagnosis", "df"), "ask for bcc, mel, nv"),
+        (("--diagnosis", "mel", "--skin-type", 6), "skin_type 6 was never seen"),
+        (("--diagnosis", "mel", "--skin-type", 6), "ask for 2, 5"),
+    ):
+        result = derm_generate(who_saw, *arguments)
+        assert result.exit_code == 1
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not (who_saw.data / "samples").exists()
+
+
+def test_a_combination_that_no_training_image_shows_is_drawn_and_said_in_every_row_and_in_the_card(who_saw):
+    asked = ("--diagnosis", "mel", "--diagnosis", "nv", "--skin-type", 5, "--count", 2)
+    folder = folder_of(derm_generate(who_saw, *asked))
+    rows = pq.read_table(folder / "metadata.parquet").to_pylist()
+    assert [(row["diagnosis"], row["num_train_images"]) for row in rows] == [("mel", 3)] * 2 + [("nv", 0)] * 2
+    assert "2 of the 4 samples are of cells without a training image" in (folder / "README.md").read_text()
+    folder = folder_of(derm_generate(who_saw, "--diagnosis", "mel", "--diagnosis", "nv"))
+    rows = pq.read_table(folder / "metadata.parquet").to_pylist()
+    assert [row["num_train_images"] for row in rows] == [7, 6]
+    assert "without a training image" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("output", ["png", "parquet", "npz", "grid", "jpeg"])
+def test_every_row_has_the_digest_of_its_pixels_whatever_file_holds_them(output, project):
+    folder = folder_of(derm_generate(project, *ASKED[:-1], 3, "--format", output))
+    digests = pq.read_table(folder / "metadata.parquet")["pixels_sha256"].to_pylist()
+    with np.load(folder_of(derm_generate(project, *ASKED[:-1], 3, "--format", "npz")) / "samples.npz") as archive:
+        assert digests == [hashlib.sha256(image.tobytes()).hexdigest() for image in archive["arr_0"]]
+
+
+def test_more_than_memory_holds_is_refused_before_any_is_drawn(project):
+    result = derm_generate(project, "--count", 500_000)
+    assert result.exit_code == 1
+    assert "3,500,000 samples in all; at most 1,000,000" in result.stderr
+    result = derm_generate(project, "--count", 1000, "--format", "grid")
+    assert "a grid of 7,000 samples: at most 2,500" in result.stderr
+    assert not (project.data / "samples").exists()
 
 
 def start(project, *arguments):

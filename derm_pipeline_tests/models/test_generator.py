@@ -171,3 +171,20 @@ def test_the_settings_of_an_autoencoder_are_told_apart_by_kind():
         with pytest.raises(ValidationError):
             choice.validate_python(wrong)
     assert isinstance(obtain_autoencoder(AutoencoderConfig(width=8, num_blocks=1), CPU), Autoencoder)
+
+
+def test_what_training_images_showed_is_counted_and_what_none_showed_is_refused(tmp_path):
+    shown = ((("melanoma", "1"), 2), (("melanoma", None), 3), ((None, "2"), 5), (("nevus", "1"), 7))
+    spec_of(DIT).model_copy(update={"seen": shown}).save(tmp_path)
+    spec = GeneratorSpec.load(tmp_path)
+    rows = [values for values, num in shown for _ in range(num)]
+    for diagnosis in (None, *CLASSES["diagnosis"]):
+        for skin_type in (None, *CLASSES["skin_type"]):
+            asked = (diagnosis, skin_type)
+            num = sum(all(a is None or a == b for a, b in zip(asked, row, strict=True)) for row in rows)
+            assert spec.num_images({"diagnosis": diagnosis, "skin_type": skin_type}) == num
+    for value in (None, "1", "2"):
+        spec.check_seen("skin_type", value)
+    with pytest.raises(ValueError, match=r"skin_type 3 was never seen: no training image has it.* ask for 1, 2$"):
+        spec.check_seen("skin_type", "3")
+    spec_of(DIT).check_seen("skin_type", "3")  # of before it was kept

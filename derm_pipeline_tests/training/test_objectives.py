@@ -1,6 +1,7 @@
 """What is trained: an autoencoder on images, a conditional generator on latents."""
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -310,3 +311,16 @@ def test_a_generator_resumes_and_refuses_another_recipes_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="law"):
         train_generator(moments, labels, CLASSES, generator(8, DDPM()), work=tmp_path)
     assert train_generator(moments, labels, CLASSES, generator(8), work=tmp_path)[2].resumed_from_step == 4
+
+
+def test_a_generator_keeps_what_its_training_images_showed_together(tmp_path):
+    config = generator(1, conditions=("skin_type", "diagnosis"))
+    rows = torch.randn(40, 2, 8, 8, 8) * 0.1
+    labels = {"diagnosis": torch.randint(0, 2, (40,)), "skin_type": torch.randint(0, 7, (40,))}
+    classes = {"diagnosis": ("mel", "nv"), "skin_type": tuple("123456")}
+    spec, *_ = train_generator(rows, labels, classes, config, work=tmp_path)
+    pairs = zip(labels["skin_type"].tolist(), labels["diagnosis"].tolist(), strict=True)
+    skin_types = (*classes["skin_type"], None)
+    counts = Counter((skin_types[skin], classes["diagnosis"][diagnosis]) for skin, diagnosis in pairs)
+    assert dict(spec.seen) == counts
+    assert len(spec.seen) == len(counts)

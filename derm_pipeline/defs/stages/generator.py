@@ -37,8 +37,8 @@ METADATA = "metadata.parquet"
 CODE_VERSIONS = {
     "autoencoder": "2",
     "latents": "2",
-    "generator": "3",
-    "synthetic_dataset": "1",
+    "generator": "4",
+    "synthetic_dataset": "2",
 }
 """Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
 
@@ -244,9 +244,11 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
     request = Request("synthetic_dataset", name, inputs, settings, CODE_VERSIONS["synthetic_dataset"])
 
     def make(build: Build) -> None:
-        from derm_pipeline.generation import dataset_card, draw_samples, plan_samples, write_dataset
+        from derm_pipeline.generation import dataset_card, draw_samples, num_unseen, plan_samples, write_dataset
+        from derm_pipeline.models.generator import GeneratorSpec
 
         config = recipe.synthetic_dataset
+        spec = GeneratorSpec.load(used["generator"].directory)
         learnt = used["training_set"].table(TRAINING_SET)
         requests = plan_samples(config, canonical(learnt["diagnosis"].to_pylist()), train_counts(learnt))
         images = draw_samples(
@@ -264,16 +266,19 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
             recipe=name,
             generator_digest=used["generator"].manifest.content_digest,
             autoencoder_digest=used["autoencoder"].manifest.content_digest,
+            spec=spec,
             write_bytes=build.write_bytes,
         )
         build.write_table(METADATA, metadata)
         sources = [workspace.sources[source] for source in recipe.sources]
         licences = [f"{source.title}: {source.licence}" for source in sources]
-        card = dataset_card(name, requests, licences=licences, size_px=images.shape[1])
+        unseen = num_unseen(requests, spec)
+        card = dataset_card(name, requests, licences=licences, size_px=images.shape[1], num_unseen=unseen)
         build.write_bytes("README.md", card.encode())
         asked = [request.diagnosis.value for request in requests]
         build.counts.update(
             num_samples=len(requests),
+            num_in_cells_without_a_training_image=unseen,
             diagnoses={diagnosis.value: asked.count(diagnosis.value) for diagnosis in canonical(asked)},
         )
 

@@ -108,6 +108,7 @@ def _content(workspace: Workspace, recipe: Recipe, used: dict[str, Artifact]) ->
         grid_rows=[diagnosis.value for diagnosis in canonical(train["diagnosis"].to_pylist())],
         agreement=judged["agreement"],
         num_samples={"all": synthetic_counts["num_samples"], **synthetic_counts["diagnoses"]},
+        num_unseen=synthetic_counts["num_in_cells_without_a_training_image"],
         num_agreement_seeds=judged["num_seeds"],
         fidelity=fidelity.table(FIDELITY).to_pandas(),
         copies=fidelity.counts["copies"],
