@@ -25,12 +25,14 @@ def run(workspace: Workspace, recipe: str, fast: bool, tensorboard: bool) -> Non
 
     What the store already holds is found, not made again; an interrupted run resumes where it was.
     """
+    from derm_pipeline.defs.stages.beforehand import check_beforehand
+
+    name = f"{recipe}_fast" if fast else recipe
+    check_beforehand(workspace, name)  # also an error in the recipe is said before any work
     from derm_pipeline.defs.instance import project_instance
     from derm_pipeline.defs.jobs import RecipeRun
     from derm_pipeline.defs.overview import summary_lines
 
-    name = f"{recipe}_fast" if fast else recipe
-    workspace.recipe(name)  # an error in the recipe is said before any work
     if tensorboard and workspace.tensorboard is None:
         workspace = replace(workspace, tensorboard=workspace.data / "tensorboard")
     if workspace.tensorboard is not None:

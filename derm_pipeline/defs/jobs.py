@@ -15,6 +15,7 @@ from derm_pipeline.defs.assets import assets_of
 from derm_pipeline.defs.instance import living_process
 from derm_pipeline.defs.progress import Progress, Show
 from derm_pipeline.defs.resources import Shower, workspace_resource
+from derm_pipeline.defs.stages.beforehand import check_beforehand
 from derm_pipeline.defs.stages.data import prepare_source
 from derm_pipeline.defs.workspace import Workspace
 
@@ -93,6 +94,7 @@ def recipe_job(recipe: str, workspace: Workspace) -> dg.JobDefinition:
 
     @dg.op(name=f"{recipe}_sources", out=dg.Out(dg.Nothing))
     def its_sources(context: dg.OpExecutionContext) -> None:
+        check_beforehand(workspace, recipe)
         _log(context, RecipeRun(recipe, workspace, context.instance).materialise_sources())
 
     @dg.op(name=f"{recipe}_stages", ins={"after": dg.In(dg.Nothing)}, out=dg.Out(dg.Nothing))

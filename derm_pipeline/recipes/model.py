@@ -67,7 +67,11 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         """What would otherwise fail in a later stage, after the work of the earlier ones."""
-        _check_network(self)
+        if isinstance(self.autoencoder, PretrainedVaeConfig):  # its files say, when they are read; most are so
+            check_network(self, downsampling=8, channels=4)
+        else:
+            network = self.autoencoder.network
+            check_network(self, network.downsampling, network.latent_channels)
         if self.synthetic_dataset.image_format == "webp":
             raise ValueError("synthetic_dataset.image_format: webp is for `derm generate`; a recipe takes png or jpeg")
         _check_sampling(self)
@@ -85,13 +89,17 @@ class Recipe(BaseModel):
         return self
 
 
-def _check_network(recipe: Recipe) -> None:
-    """Refuse a generator that does not fit its latents, with what would."""
-    autoencoder = recipe.autoencoder
-    if isinstance(autoencoder, PretrainedVaeConfig):  # its files say, when they are read
-        downsampling, channels = 8, 4
-    else:
-        downsampling, channels = autoencoder.network.downsampling, autoencoder.network.latent_channels
+def check_network(recipe: Recipe, downsampling: int, channels: int) -> None:
+    """Refuse a generator that does not fit the latents of its autoencoder.
+
+    Args:
+        recipe: Whose generator.
+        downsampling: Pixels per latent cell, along each side.
+        channels: Channels of a latent.
+
+    Raises:
+        ValueError: with what would fit.
+    """
     size_px = recipe.latents.size_px
     patch = recipe.generator.patch if isinstance(recipe.generator, DiTTraining) else 1
     if size_px % (downsampling * patch):

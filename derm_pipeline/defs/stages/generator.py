@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from derm_pipeline.defs.stages.beforehand import check_conditions, check_recipe, check_rows
 from derm_pipeline.defs.stages.data import image_files
-from derm_pipeline.defs.stages.fitting import autoencoder_of, check_fits, labels_of, train_counts
+from derm_pipeline.defs.stages.fitting import autoencoder_of, labels_of, train_counts
 from derm_pipeline.defs.stages.sets import TRAINING_SET, VALIDATION_SET, pixel_inputs, square_reader, squares
 from derm_pipeline.defs.stages.watching import (
     VALIDATION,
@@ -21,7 +22,7 @@ from derm_pipeline.defs.stages.watching import (
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.latents import INDEX
 from derm_pipeline.records import canonical
-from derm_pipeline.store import Artifact, Build, Request
+from derm_pipeline.store import Artifact, Build, Request, Store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +72,8 @@ def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) 
         from derm_pipeline.training.settings import AutoencoderTraining
         from derm_pipeline.training.stopping import stop_on_signal
 
-        check_fits(recipe, rows.table(TRAINING_SET))
+        check_recipe(recipe, store.root)
+        check_rows(recipe, rows.table(TRAINING_SET), store.root)
         images = squares(workspace, recipe, rows.table(TRAINING_SET))
         model: AnyAutoencoder
         if isinstance(recipe.autoencoder, AutoencoderTraining):
@@ -195,7 +197,8 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
         from derm_pipeline.training.stopping import stop_on_signal
 
         table = rows.table(TRAINING_SET)
-        check_fits(recipe, table)
+        check_conditions(recipe, table)
+        _check_latents(store, name, moments)
         names = list(dict.fromkeys(("diagnosis", *recipe.generator.conditions)))
         classes = condition_classes(names, canonical(table["diagnosis"].to_pylist()))
         digests, tensors = open_moments(moments.directory)
@@ -227,6 +230,16 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
         )
 
     return store.obtain(request, make)
+
+
+def _check_latents(store: Store, name: str, moments: Artifact) -> None:
+    """Refuse latents of another autoencoder than the current one: it could not decode what is learnt of them."""
+    current = store.current("autoencoder", name)
+    if moments.manifest.inputs["autoencoder"].content_digest != current.manifest.content_digest:
+        raise ValueError(
+            f"{moments.reference} are latents of another autoencoder than {current.reference}: materialise latents "
+            "again"
+        )
 
 
 def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress | None = None) -> Artifact:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from derm_pipeline.defs.stages.beforehand import check_conditions
 from derm_pipeline.defs.stages.data import CAPTIONS, HAIR, RECORDS, SPLITS, decode_mask, image_files
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import Diagnosis, Split, canonical
@@ -51,6 +52,7 @@ def training_set(workspace: Workspace, name: str) -> Artifact:
         texts = pa.concat_tables(artifact.table(CAPTIONS, names) for artifact in captions.values())
         selected = rows_of(workspace, recipe, Split.TRAIN)
         rows = with_captions(selected.rows, texts.rename_columns(["source", "image_id", "text"]))
+        check_conditions(recipe, rows)
         build.write_table(TRAINING_SET, rows)
         build.counts.update(
             num_images=rows.num_rows,
@@ -60,7 +62,9 @@ def training_set(workspace: Workspace, name: str) -> Artifact:
             rare_diagnoses=dict(selected.rare),
         )
 
-    return store.obtain(request, make)
+    artifact = store.obtain(request, make)
+    check_conditions(recipe, artifact.table(TRAINING_SET))  # it may have been made for other conditions
+    return artifact
 
 
 def evaluation_set(workspace: Workspace, name: str) -> Artifact:
