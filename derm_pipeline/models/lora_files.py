@@ -69,7 +69,8 @@ class LoraFile:
 def save_lora(path: Path, module: nn.Module, name: str = "default") -> None:
     """Write the adapter of one network in peft's form: its own names, its configuration as metadata.
 
-    diffusers reads it, too: `module.load_lora_adapter(path, prefix=None)`.
+    diffusers reads it, too: `module.load_lora_adapter(path, prefix=None, use_safetensors=True)`; without the last it
+    leaves out the configuration, and alpha with it.
     """
     save_raw(path, take_lora(module, name), network_of(module))
 

@@ -56,11 +56,8 @@ def save_diffusers(path: Path, loras: Mapping[Part, Lora], networks: Mapping[Par
         is_clip = networks[part].kind.startswith("CLIPTextModel")
         named = replace(lora, layers={with_text_model(name): one for name, one in lora.layers.items()})
         own = _peft_tensors(named if is_clip else lora)
-        if is_clip:  # diffusers takes "lora_A" of attention only
-            own = {
-                key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up."): value
-                for key, value in own.items()
-            }
+        if is_clip:  # diffusers takes "lora_A" of attention only, and transformers the magnitudes as weights
+            own = {_long_name(key): value for key, value in own.items()}
         tensors |= {f"{prefix}.{key}": value for key, value in own.items()}
         config = _config(lora, is_anchored=not is_clip)
         configs |= {f"{prefix}.{key}": value for key, value in config.items()}
@@ -120,6 +117,13 @@ def _peft_tensors(lora: Lora) -> dict[str, Tensor]:
                 layer.magnitude.reshape(1, -1, 1, 1) if is_conv else layer.magnitude
             )
     return tensors
+
+
+def _long_name(key: str) -> str:
+    """peft's name of a tensor as diffusers has it for text encoders."""
+    for own, told in ((".lora_A.", ".lora_linear_layer.down."), (".lora_B.", ".lora_linear_layer.up.")):
+        key = key.replace(own, told)
+    return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key
 
 
 def _config(lora: Lora, *, is_anchored: bool = True) -> dict[str, Any]:
