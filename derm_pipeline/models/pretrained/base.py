@@ -172,7 +172,7 @@ def load_base(
     types = {part: torch.float32 if part in trained else dtype for part in PARTS}
     denoiser = load_denoiser(files, types["denoiser"]) if "denoiser" in parts else None
     text = load_text(files, types["text"]) if "text" in parts else None
-    vae = load_pretrained_vae(vae_config(config), device) if "vae" in parts else None
+    vae = load_pretrained_vae(_vae_config(config, files), device) if "vae" in parts else None
     for part, modules in (("denoiser", [denoiser] if denoiser else []), ("text", text[0] if text else [])):
         for module in modules:
             module.to(device).eval().requires_grad_(requires_grad=part in trained)
@@ -194,15 +194,23 @@ def load_base_of(
 
 
 def vae_config(config: PretrainedConfig) -> PretrainedVaeConfig:
-    """The settings of a base's own autoencoder."""
-    return PretrainedVaeConfig(
-        model=config.model, subfolder="vae", revision=config.revision, offline=config.offline, dtype=config.dtype
-    )
+    """The settings of a base's own autoencoder; see `load_base` for what it raises."""
+    return _vae_config(config, find_base(config))
+
+
+def _vae_config(config: PretrainedConfig, files: BaseFiles) -> PretrainedVaeConfig:
+    if files.single:  # which does not tell its scaling
+        scale = files.config("vae").get("scaling_factor", 0.18215)
+        return PretrainedVaeConfig(model=config.model, dtype=config.dtype, scaling_factor=scale)
+    settings = config.model_dump(include={"model", "offline", "dtype"})
+    return PretrainedVaeConfig(subfolder="vae", revision=files.commit or config.revision, **settings)
 
 
 def _settled(config: PretrainedConfig, files: BaseFiles) -> PretrainedConfig:
     here = Path(config.model)
     found = {"model": str(here.resolve())} if here.exists() else {"revision": files.commit or config.revision}
+    if files.single and (config.layout is None or Path(config.layout).is_dir()):
+        found["layout"] = str(files.root)
     return config.model_copy(update={**found, "family": files.family})
 
 

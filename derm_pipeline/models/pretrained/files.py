@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
+from derm_pipeline.models.hub_files import Choice, find_model, some
 from derm_pipeline.models.laws import DDPM
 from derm_pipeline.models.pretrained.config import Family, Part, PretrainedConfig
 from derm_pipeline.store import digest_of_file
 
 INDEX = "model_index.json"
+SINGLE = "single.safetensors"
+"""Name under which the digest of a single file is kept."""
 TEXT_FOLDERS: dict[Family, tuple[tuple[str, str], ...]] = {
     "sd": (("text_encoder", "tokenizer"),),
     "sdxl": (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")),
@@ -22,6 +26,7 @@ TEXT_FOLDERS: dict[Family, tuple[tuple[str, str], ...]] = {
 DENOISER_FOLDERS: dict[Family, str] = {"sd": "unet", "sdxl": "unet", "pixart": "transformer"}
 """Folder of the denoiser."""
 
+_IN_SINGLE_FILES: tuple[Family, ...] = ("sd", "sdxl")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -56,11 +61,11 @@ class BaseFiles:
         return read_json(self.root / folder / _config_name(folder))
 
     def digests(self, parts: Collection[Part] | None = None) -> dict[str, str]:
-        """sha256 by path of all files, or of these parts' and of what describes the whole."""
+        """sha256 by path of all files, or of these parts' and of what describes the whole; a single file has all."""
         folders = None if parts is None else {"", "scheduler", *(one for part in parts for one in self.folders(part))}
         names = [name for folder, names in self.names.items() if folders is None or folder in folders for name in names]
         digests = {name: digest_of_file(self.root / name) for name in names}
-        return digests | ({"weights.safetensors": digest_of_file(self.single)} if self.single else {})
+        return digests | ({SINGLE: digest_of_file(self.single)} if self.single else {})
 
 
 def find_base(config: PretrainedConfig) -> BaseFiles:
@@ -70,93 +75,154 @@ def find_base(config: PretrainedConfig) -> BaseFiles:
         FileNotFoundError: they are not there; the message says where they were looked for.
         ValueError: another format, another family than asked for, or one that cannot be used.
     """
-    root, commit = _locate(config)
+    here = Path(config.model)
+    single = here.resolve() if here.is_file() else None
+    if single is None and config.layout is not None:
+        raise ValueError(f"layout {config.layout!r} goes with a single file, which {config.model} is not: leave it out")
+    root, commit = _locate(config) if single is None else _layout_of(single, config)
     if not (root / INDEX).is_file():
         raise FileNotFoundError(
             f"the folder {root.absolute()} has no {INDEX}: it is no pipeline in diffusers format; it holds "
             f"{some(sorted(path.name for path in root.iterdir()))}"
         )
-    where = f"{config.model}@{commit}" if commit else str(root)
+    where = str(single or (f"{config.model}@{commit}" if commit else root))
     family = _family_of(root, where)
     if config.family not in (None, family):
         raise ValueError(f"{where} is a base of the family {family}, not {config.family} as its settings say")
-    named = {"": (INDEX,)} | {folder: _files_in(root, folder, where) for folder in _needed(family)}
-    return BaseFiles(where, root, family, named, commit)
+    if single and family not in _IN_SINGLE_FILES:
+        raise ValueError(f"{single}: a base of the family {family} cannot be read from a single file; give its folder")
+    named: dict[str, tuple[str, ...]] = {"": (INDEX,)}
+    for folder in needed_folders(family):
+        named[folder] = _files_in(root, folder, where, has_weights=single is None)
+    return BaseFiles(where, root, family, named, None if single else commit, single)
 
 
-def _needed(family: Family) -> tuple[str, ...]:
+def needed_folders(family: Family) -> tuple[str, ...]:
+    """Folders of a pipeline's files that are read."""
     texts = (folder for both in TEXT_FOLDERS[family] for folder in both)
     return (DENOISER_FOLDERS[family], *texts, "vae", "scheduler")
 
 
+class _Wanted(NamedTuple):
+    """A pipeline, as `find_model` asks for it: a folder that each has tells where its files lie in the cache."""
+
+    model: str
+    revision: str | None
+    offline: bool
+    subfolder: str = "vae"
+
+
 def _locate(config: PretrainedConfig) -> tuple[Path, str | None]:
+    """The folder of the files, and the commit on the hub."""
     here = Path(config.model)
     if here.is_dir():
         return here.resolve(), None
-    raise FileNotFoundError(
-        f"the base is looked for in the folder {here.absolute()}, which is not there, and it is no hub id"
-    )
+    found = find_model(_Wanted(config.model, config.revision, config.offline), _choose, "base")
+    return found.paths[INDEX].parent, found.commit
 
 
-def _family_of(root: Path, where: str) -> Family:
-    """The family, by the denoiser's own config."""
-    unet, transformer = root / "unet" / "config.json", root / "transformer" / "config.json"
-    found = unet if unet.is_file() else transformer
-    said = read_json(found) if found.is_file() else {}
-    name = said.get("_class_name")
-    if name == "UNet2DConditionModel":
-        return "sdxl" if said.get("addition_embed_type") == "text_time" else "sd"
-    if name == "PixArtTransformer2DModel":
-        return "pixart"
-    pipeline = read_json(root / INDEX).get("_class_name")
-    if not found.is_file():
-        raise FileNotFoundError(f"{where} ({pipeline}) has no unet/config.json and no transformer/config.json")
-    raise ValueError(f"{where} ({pipeline}, {name}) is of no family that can be a base: {', '.join(get_args(Family))}")
+def _layout_of(single: Path, config: PretrainedConfig) -> tuple[Path, str | None]:
+    """The folder with the configs and tokenizers of a single file."""
+    if single.suffix != ".safetensors":
+        raise ValueError(f"{single} is no .safetensors file; other weights can run code when they are read")
+    if config.layout is None:
+        beside = single.with_suffix("")
+        if beside.is_dir():
+            return beside, None
+        raise FileNotFoundError(
+            f"{single} holds weights only, and no folder {beside.name} lies beside it with its configs and tokenizers: "
+            "put there those of a pipeline in diffusers format, or name that pipeline as `layout` (a folder, or "
+            'on the hub "stable-diffusion-v1-5/stable-diffusion-v1-5" for Stable Diffusion 1.x, '
+            '"stabilityai/stable-diffusion-xl-base-1.0" for SDXL)'
+        )
+    folder = Path(config.layout)
+    if folder.is_dir():
+        return folder.resolve(), None
+    wanted = _Wanted(config.layout, config.revision, config.offline)
+    found = find_model(wanted, lambda names: _choose(names, has_weights=False), "layout")
+    return found.paths[INDEX].parent, found.commit
 
 
-def _config_name(folder: str) -> str:
-    if folder == "":
-        return INDEX
+def _choose(names: Collection[str], *, has_weights: bool = True) -> Choice:
+    """Of the files of a pipeline on the hub, those that are read."""
+    if INDEX not in names:
+        return Choice([], [INDEX])
+    family: Family = "sd"
+    if "transformer/config.json" in names:
+        family = "pixart"
+    elif "text_encoder_2/config.json" in names:
+        family = "sdxl"
+    chosen, missing = [INDEX], []
+    for folder in needed_folders(family):
+        there = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+        found = _choose_in(folder, there, has_weights=has_weights)
+        chosen += [f"{folder}/{name}" for name in found.chosen]
+        missing += [f"{folder}/{name}" for name in found.missing]
+    return Choice(chosen, missing)
+
+
+def _choose_in(folder: str, there: Collection[str], *, has_weights: bool) -> Choice:
+    """Of the files of one folder of a pipeline, those that are read."""
+    said = _config_name(folder)
+    missing = [said] if said not in there else []
     if folder.startswith("tokenizer"):
-        return "tokenizer_config.json"
-    return "scheduler_config.json" if folder == "scheduler" else "config.json"
+        return Choice([name for name in sorted(there) if Path(name).suffix in (".json", ".txt", ".model")], missing)
+    if folder == "scheduler" or not has_weights:
+        return Choice([said], missing)
+    for stem in _WEIGHTS:
+        if f"{stem}.safetensors" in there:
+            return Choice([said, f"{stem}.safetensors"], missing)
+        shards = sorted(name for name in there if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", name))
+        if shards and f"{stem}.safetensors.index.json" in there:
+            return Choice([said, f"{stem}.safetensors.index.json", *shards], missing)
+    return Choice([said], [*missing, "*.safetensors"])
 
 
-def _files_in(root: Path, folder: str, where: str) -> tuple[str, ...]:
+def _files_in(root: Path, folder: str, where: str, *, has_weights: bool) -> tuple[str, ...]:
     """Paths of the files of one folder that are read.
 
     Raises:
         FileNotFoundError: something is missing, in safetensors.
     """
     there = sorted(path.name for path in (root / folder).iterdir()) if (root / folder).is_dir() else []
-    if _config_name(folder) not in there:
-        raise FileNotFoundError(f"{where} has no {folder}/{_config_name(folder)}: the base is not complete")
-    if folder == "scheduler":
-        return (f"{folder}/{_config_name(folder)}",)
-    if folder.startswith("tokenizer"):
-        return tuple(f"{folder}/{name}" for name in there if Path(name).suffix in (".json", ".txt", ".model"))
-    weights = _weights_in(root / folder, there)
-    if not weights:
+    found = _choose_in(folder, there, has_weights=has_weights)
+    if found.missing:
+        why = " (only safetensors are read: others can run code)" if "*.safetensors" in found.missing else ""
         raise FileNotFoundError(
-            f"{where} has no {folder}/*.safetensors (only safetensors are read: others can run code); it holds "
-            f"{some(there)}"
+            f"{where} is not complete: it has no {folder}/{found.missing[0]}{why}; that folder holds {some(there)}"
         )
-    return tuple(f"{folder}/{name}" for name in ("config.json", *weights))
+    _check_index(root / folder, found.chosen)
+    return tuple(f"{folder}/{name}" for name in found.chosen)
 
 
-def _weights_in(folder: Path, there: Collection[str]) -> list[str]:
-    """Names of the weights: one file, or an index and its parts."""
-    for stem in _WEIGHTS:
-        if f"{stem}.safetensors" in there:
-            return [f"{stem}.safetensors"]
-        index = f"{stem}.safetensors.index.json"
-        if index in there:
-            shards = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
-            strange = [name for name in shards if name not in there or not name.endswith(".safetensors")]
-            if strange:
-                raise FileNotFoundError(f"{folder / index} names {some(strange)}, which are not there beside it")
-            return [index, *shards]
-    return []
+def _check_index(folder: Path, chosen: Collection[str]) -> None:
+    """See that an index of weights names files beside it, and no others."""
+    for index in (name for name in chosen if name.endswith(".index.json")):
+        strange = sorted(set(read_json(folder / index).get("weight_map", {}).values()) - set(chosen))
+        if strange:
+            raise FileNotFoundError(f"{folder / index} names {some(strange)}, which are not there beside it")
+
+
+def _family_of(root: Path, where: str) -> Family:
+    """The family, by the denoiser's own config."""
+    unet, transformer = root / "unet" / "config.json", root / "transformer" / "config.json"
+    found = unet if unet.is_file() else transformer
+    pipeline = read_json(root / INDEX).get("_class_name")
+    if not found.is_file():
+        raise FileNotFoundError(f"{where} ({pipeline}) has no unet/config.json and no transformer/config.json")
+    said = read_json(found)
+    name = said.get("_class_name")
+    if name == "UNet2DConditionModel":
+        return "sdxl" if said.get("addition_embed_type") == "text_time" else "sd"
+    if name == "PixArtTransformer2DModel":
+        return "pixart"
+    raise ValueError(f"{where} ({pipeline}, {name}) is of no family that can be a base: {', '.join(get_args(Family))}")
+
+
+def _config_name(folder: str) -> str:
+    if folder.startswith("tokenizer"):
+        return "tokenizer_config.json"
+    return "scheduler_config.json" if folder == "scheduler" else "config.json"
 
 
 def law_of(scheduler: Mapping[str, Any], where: str) -> DDPM:
@@ -197,9 +263,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     return content
-
-
-def some(names: Collection[str]) -> str:
-    """The first few of these names, in words."""
-    first = [str(name) for name in names][:5]
-    return (", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "nothing"

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from derm_pipeline.models.pretrained.files import DENOISER_FOLDERS, INDEX, TEXT_FOLDERS, BaseFiles, read_json, some
+from derm_pipeline.models.hub_files import some
+from derm_pipeline.models.pretrained.files import DENOISER_FOLDERS, INDEX, TEXT_FOLDERS, BaseFiles, read_json
+
+_TEXT_NAMES = ("cond_stage_model.", "conditioner.")
+_DENOISER_NAMES = ("model.diffusion_model.",)
+"""How the names of text encoders and of the denoiser begin in a single file."""
 
 
 def load_denoiser(files: BaseFiles, dtype: torch.dtype) -> nn.Module:
@@ -67,18 +72,54 @@ def _load(kind: Any, files: BaseFiles, folder: str, dtype: torch.dtype) -> Any:
     names = [config.get("_class_name"), *config.get("architectures", [])]
     if kind.__name__ not in names:
         raise ValueError(f"{where} holds a {next(filter(None, names), 'nothing known')}; a {kind.__name__} is needed")
+    weights = files.single or where
     try:
-        network, info = kind.from_pretrained(
-            str(where), use_safetensors=True, local_files_only=True, output_loading_info=True, torch_dtype=dtype
-        )
-    except (SafetensorError, RuntimeError, OSError) as error:  # broken; sizes that differ; an index without its files
-        raise ValueError(f"the weights in {where} are broken or do not fit its config.json ({error})") from error
-    if info["missing_keys"]:
-        raise ValueError(f"the weights in {where} are not complete: missing are {some(sorted(info['missing_keys']))}")
+        network, missing = (_from_single if files.single else _from_folder)(kind, files, folder, dtype)
+    except (SafetensorError, RuntimeError, OSError, ValueError, KeyError) as error:  # broken; of other sizes or names
+        raise ValueError(f"the weights in {weights} are broken or do not fit {where}/config.json ({error})") from error
+    if missing:
+        raise ValueError(f"the weights in {weights} are not complete: missing are {some(missing)}")
     broken = [name for name, tensor in network.named_parameters() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"the weights in {where} are not finite, in {some(broken)}; get them again")
+        raise ValueError(f"the weights in {weights} are not finite, in {some(broken)}; get them again")
     return network
+
+
+def _from_folder(kind: Any, files: BaseFiles, folder: str, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """A network, and the names of its tensors that are not there."""
+    network, info = kind.from_pretrained(
+        str(files.root / folder),
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        torch_dtype=dtype,
+    )
+    return network, sorted(info["missing_keys"])
+
+
+def _from_single(kind: Any, files: BaseFiles, folder: str, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """As `_from_folder`, of a file with a whole model in its original names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, create_diffusers_clip_model_from_ldm
+
+    if folder == DENOISER_FOLDERS[files.family]:
+        network = kind.from_config(files.config(folder))
+        state = convert_ldm_unet_checkpoint(_state_of(files, _DENOISER_NAMES), network.config)
+        missing, _ = network.load_state_dict(state, strict=False)
+        for part in network.children():  # diffusers warns of a cast of the whole
+            part.to(dtype)
+        return network.eval(), sorted(missing)
+    where = {"config": str(files.root), "subfolder": folder, "local_files_only": True, "torch_dtype": dtype}
+    network = create_diffusers_clip_model_from_ldm(kind, _state_of(files, _TEXT_NAMES), **where)
+    return network.eval(), sorted(name for name, tensor in network.named_parameters() if tensor.is_meta)
+
+
+def _state_of(files: BaseFiles, beginnings: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The tensors of the single file whose names begin so."""
+    from safetensors import safe_open
+
+    with safe_open(files.single, framework="pt") as handle:
+        names = list(handle.keys())
+        return {name: handle.get_tensor(name) for name in names if name.startswith(beginnings)}
 
 
 def pipeline_of(files: BaseFiles, denoiser: Any, encoders: list[Any], tokenizers: list[Any], vae: Any) -> Any:

@@ -16,8 +16,8 @@ from derm_pipeline.models.pretrained.config import TinyFamily
 
 _LATENT = 8
 """Side of the latents that the denoisers are made for: images of 64 px."""
-_WIDTH, _HEADS = 32, 4
-"""Of the text encoders."""
+_WIDTH, _WIDTH_2, _HEADS = 32, 48, 4
+"""Of the text encoders; SDXL's second one is wider."""
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 _TEXT = (
     "a dermoscopic image of melanoma with an irregular border, a benign nevus on light skin, very dark skin",
@@ -73,16 +73,16 @@ def _sdxl() -> Any:
     tokenizer, tokenizer_2 = _clip_tokenizer(), _clip_tokenizer(pad_token="!")
     size_width = 8
     unet = _unet(
-        cross_attention_dim=2 * _WIDTH,
+        cross_attention_dim=_WIDTH + _WIDTH_2,
         addition_embed_type="text_time",
         addition_time_embed_dim=size_width,
-        projection_class_embeddings_input_dim=6 * size_width + _WIDTH,
+        projection_class_embeddings_input_dim=6 * size_width + _WIDTH_2,
         use_linear_projection=True,
     )
     return StableDiffusionXLPipeline(
         vae=_vae(),
         text_encoder=_clip(tokenizer),
-        text_encoder_2=_clip(tokenizer_2, projected=True),
+        text_encoder_2=_clip(tokenizer_2, _WIDTH_2, projected=True),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=unet,
@@ -166,17 +166,17 @@ def _vae() -> Any:
     return vae
 
 
-def _clip(tokenizer: Any, *, projected: bool = False) -> Any:
+def _clip(tokenizer: Any, width: int = _WIDTH, *, projected: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=_WIDTH,
-        intermediate_size=2 * _WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=_HEADS,
         max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=_WIDTH,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
