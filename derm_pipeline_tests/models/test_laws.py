@@ -188,6 +188,7 @@ HYBRIDS = [
     DDPM(prediction="epsilon", learned_variance=True),
     DDPM(schedule="cosine", learned_variance=True, min_snr_gamma=5),
     DDPM(prediction="epsilon", learned_variance=True, num_steps=50, beta_end=0.2),
+    DDPM(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
 ]
 
 
@@ -199,6 +200,8 @@ def reference_loss(law, clean: np.ndarray, noise: np.ndarray, sigma: np.ndarray,
         return ((network(noised, 1000 * sigma)[:, :4] - (noise - clean)) ** 2).mean((1, 2, 3))
     if law.schedule == "linear":
         betas = np.linspace(law.beta_start, law.beta_end, law.num_steps)
+    elif law.schedule == "scaled_linear":
+        betas = np.linspace(law.beta_start**0.5, law.beta_end**0.5, law.num_steps) ** 2
     else:
         curve = np.cos((np.arange(law.num_steps + 1) / law.num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - curve[1:] / curve[:-1], 0.999)

@@ -7,6 +7,11 @@ is measured, not published.
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +21,16 @@ from derm_pipeline.models.pretrained.config import TinyFamily
 
 _LATENT = 8
 """Side of the latents that the denoisers are made for: images of 64 px."""
-_WIDTH, _WIDTH_2, _HEADS = 32, 48, 4
+_WIDTH, _WIDTH_2, _HEADS = 32, 40, 4
 """Of the text encoders; SDXL's second one is wider."""
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+_END = "</w>"
+"""Ends the last letter of a word in CLIP's tokens."""
 _TEXT = (
     "a dermoscopic image of melanoma with an irregular border, a benign nevus on light skin, very dark skin",
     "basal cell carcinoma with arborizing vessels, seborrheic keratosis with milia-like cysts, blue-grey veil",
     "actinic keratosis, dermatofibroma, vascular lesion, squamous cell carcinoma, psoriasis, an individual",
-    "photo of male and female skin on torso, lower extremity, upper extremity, head and neck, at age, hairy",
+    "photo of a male and a female skin on torso, lower extremity, upper extremity, head and neck, at age, hairy",
     "fitzpatrick skin type, ruler marks, gel bubbles, vignette, pigment network, globules, streaks, high quality",
     "0 1 2 3 4 5 6 7 8 9 % mm",
 )
@@ -136,7 +143,7 @@ def _unet(**further: Any) -> Any:
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(24, 40),
+        block_out_channels=(24, 32),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=_HEADS,
@@ -186,44 +193,52 @@ def _clip(tokenizer: Any, width: int = _WIDTH, *, projected: bool = False) -> An
 
 def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
     """CLIP's byte-level BPE over our own words; any text has tokens."""
-    import json
-
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_TEXT * 4, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    names = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
-    names += sorted(set(model["vocab"]) - set(names), key=model["vocab"].get)
+    alphabet = sorted(ByteLevel.alphabet())
+    merges: Any = _merges(_words())
+    names = [*alphabet, *(f"{letter}{_END}" for letter in alphabet), *("".join(pair) for pair in merges)]
     names += ["<|startoftext|>", "<|endoftext|>"]  # last, as CLIP's
-    merges: Any = [tuple(pair) for pair in model["merges"]]  # annotated as if it were text
-    vocabulary = {name: place for place, name in enumerate(names)}
+    vocabulary = {name: place for place, name in enumerate(dict.fromkeys(names))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
 
 
-def _t5_tokenizer() -> Any:
-    """T5's unigram pieces over our own words."""
-    import json
+def _words() -> list[str]:
+    return re.findall(r"\w+", " ".join(_TEXT))
 
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+def _merges(words: Sequence[str], num: int = 300) -> list[tuple[str, str]]:
+    """BPE's merges: the most frequent pair each time. The library's own trainer breaks ties by chance."""
+    spelled = [[*word[:-1], word[-1] + _END] for word in words]
+    merges: list[tuple[str, str]] = []
+    while len(merges) < num:
+        pairs = Counter(pair for letters in spelled for pair in pairwise(letters))
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = [_merged(letters, best) for letters in spelled]
+    return merges
+
+
+def _merged(letters: list[str], pair: tuple[str, str]) -> list[str]:
+    result: list[str] = []
+    for letter in letters:
+        if result and (result[-1], letter) == pair:
+            result[-1] += letter
+        else:
+            result.append(letter)
+    return result
+
+
+def _t5_tokenizer() -> Any:
+    """T5's unigram pieces: our own words whole, all else by letters."""
     from transformers import T5Tokenizer
 
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
-    )
-    trainer = trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(_TEXT * 4, trainer)
-    vocabulary = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    counts = Counter(_words())
+    pieces = [(f"▁{word}", math.log(count / counts.total())) for word, count in sorted(counts.items())]
+    letters = ["▁", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
+    pieces += [(letter, -12.0) for letter in letters]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=special + pieces, extra_ids=0, model_max_length=512)

@@ -83,7 +83,7 @@ def test_what_it_was_not_built_for_is_refused(bases):
     network, told, time = network_of(bases["sdxl"]), bases["sdxl"].embed(TEXTS), torch.zeros(2)
     with pytest.raises(ValueError, match="built for .*pooled"):
         network(latents(), time, {key: told[key] for key in (TEXT, TEXT_MASK)})
-    with pytest.raises(ValueError, match=r"built for \(n, s, 80\)"):
+    with pytest.raises(ValueError, match=r"built for \(n, s, 72\)"):
         network(latents(), time, told | {TEXT: told[TEXT][..., :32]})
     with pytest.raises(ValueError, match="no condition 'diagnosis'"):
         network.null_conditions(2, ["diagnosis"])
