@@ -17,6 +17,7 @@ from derm_pipeline.evaluation.report_content import (
     NearestPair,
     Reconstructions,
     ReportContent,
+    SampleGrid,
 )
 from derm_pipeline.evaluation.report_data import data_section
 from derm_pipeline.evaluation.report_figures import (
@@ -42,6 +43,7 @@ __all__ = [
     "NearestPair",
     "Reconstructions",
     "ReportContent",
+    "SampleGrid",
     "loss_curve_picture",
     "render_leaderboard",
     "render_report",

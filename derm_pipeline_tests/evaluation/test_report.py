@@ -38,6 +38,7 @@ from derm_pipeline.evaluation.report import (
     NearestPair,
     Reconstructions,
     ReportContent,
+    SampleGrid,
     loss_curve_picture,
     render_leaderboard,
     render_report,
@@ -141,7 +142,14 @@ def content() -> ReportContent:
         captions=[CaptionExample(images[0], "a nevus on the back", None)],
         reconstructions=Reconstructions(images, images, 27.25, 400),
         comparison=[ComparisonRow(code, images[:6], ["I"] * 6, images[6:], ["VI"] * 6) for code in CODES],
-        losses={"autoencoder": LossCurve(steps, 1 / steps), "generator": LossCurve(steps, 1 + 0.1 * np.sin(steps))},
+        losses={
+            "autoencoder": LossCurve(steps, 1 / steps),
+            "generator": LossCurve(
+                steps, 1 + 0.1 * np.sin(steps), np.array([100, 200, 300]), np.array([1.1, 1, 1.2]), 77
+            ),
+        },
+        grids=[SampleGrid(step, np.concatenate(images[:7])) for step in (100, 200, 300)],
+        grid_rows=CODES,
         agreement={"all": 0.8, "mel": 0.6},
         num_samples={"all": 700, "mel": 100},
         num_agreement_seeds=2,
@@ -224,6 +232,7 @@ def test_nothing_from_data_becomes_markup(content):
         captions=[CaptionExample(content.captions[0].image, EVIL, EVIL)],
         comparison=[replace(content.comparison[0], diagnosis=EVIL, real_labels=[EVIL] * 6, sample_labels=[EVIL] * 6)],
         losses={EVIL: content.losses["autoencoder"]},
+        grid_rows=[EVIL],
         agreement={"all": 0.5, EVIL: 0.5},
         num_samples={"all": 5, EVIL: 5},
         fidelity=content.fidelity.assign(group=EVIL, extractor=EVIL, reason=EVIL),
@@ -486,6 +495,38 @@ def test_losses_that_are_not_finite_leave_the_rest(content):
     assert "generator: no loss is finite." in render_report(gone)
 
 
+def test_losses_on_val_images_are_drawn_beside_the_others_and_always_fit(content):
+    steps, losses = np.arange(1, 101), np.geomspace(1, 0.01, 100)
+    plain = loss_chart(steps, losses, label="l")
+    assert "s-synthetic" not in plain
+    for measured in ([0.9, 0.5, 30.0], [0.9, 0.5, -1.0], [0.5]):  # far above, not for logarithms, one alone
+        at = np.linspace(10, 100, len(measured)).astype(int)
+        page = Page(loss_chart(steps, losses, label="l", validation=(at, np.array(measured))))
+        paths = [path["d"] for path in page.all("path") if "s-synthetic" in path["class"]]
+        assert len(paths) == 2
+        places = np.array(re.findall(r"[ML]?([\d.]+) ([\d.]+)h0", paths[1]), float)
+        assert len(places) == len(measured)
+        assert (places >= 0).all()
+        assert (places <= 100).all()
+        order = np.argsort(measured)
+        assert (np.diff(places[order, 1]) < 0).all()  # a higher loss stands higher
+        assert places[-1, 0] == pytest.approx(100 * (at[-1] - 1) / 99, abs=0.01)
+    text = Page(render_report(content)).words
+    assert "validation, n = 77 images" in text
+    assert "nothing chosen by them" in text
+    alone = {"generator": replace(content.losses["generator"], validation_losses=np.full(3, np.nan))}
+    assert "s-synthetic curve" not in render_report(replace(content, losses=alone))
+
+
+def test_samples_on_the_way_are_shown_with_their_steps_and_diagnoses(content):
+    page = Page(render_report(content))
+    shown = [image for image in page.all("img") if (image["alt"] or "").startswith("samples after step")]
+    assert [image["alt"] for image in shown] == [f"samples after step {n}: {', '.join(CODES)}" for n in (100, 200, 300)]
+    assert all(int(image["height"]) > 7 * 40 for image in shown)
+    assert "Samples on the way" in page.words
+    assert "Samples on the way" not in render_report(replace(content, grids=[]))
+
+
 def test_the_loss_picture_is_rgb_and_shows_the_curve():
     steps = np.arange(1, 1000)
     falling = loss_curve_picture(steps, np.exp(-steps / 100) + 0.01, "generator $x_")
@@ -496,6 +537,16 @@ def test_the_loss_picture_is_rgb_and_shows_the_curve():
     blue = [np.argwhere((picture == (0, 114, 178)).all(axis=-1)) for picture in (falling, rising)]
     slopes = [np.polyfit(found[:, 1], found[:, 0], 1)[0] for found in blue]
     assert slopes[0] > 0 > slopes[1]  # rows count downwards
+
+
+def test_the_loss_picture_shows_losses_on_val_images():
+    steps = np.arange(1, 101)
+    plain = loss_curve_picture(steps, 1 / steps, "generator")
+    beside = loss_curve_picture(steps, 1 / steps, "generator", validation=(np.array([50, 100]), np.array([0.5, 0.4])))
+    assert plain.shape == beside.shape
+    orange = (np.abs(beside.astype(int) - (0xD5, 0x5E, 0x00)).max(2) < 20).sum()
+    assert orange > 50
+    assert (np.abs(plain.astype(int) - (0xD5, 0x5E, 0x00)).max(2) < 20).sum() == 0
 
 
 def test_a_loss_picture_of_nothing_is_refused():

@@ -7,12 +7,14 @@ import random
 import signal
 import sys
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from derm_pipeline.training.curve import CURVE, read_curve
+from derm_pipeline.training.curve import CURVE, LOSS_SCHEMA, images_per_s, loss_table, read_curve
 from derm_pipeline.training.loop import (
     CHECKPOINT,
     Interrupted,
@@ -366,10 +368,76 @@ def test_killed_by_any_signal_at_any_step_it_ends_with_the_same_weights(tmp_path
 
 
 def test_event_files_are_written_where_tensorboard_is_there(tmp_path):
-    pytest.importorskip("tensorboard")
-    picture = torch.randint(0, 255, (8, 8, 3), dtype=torch.uint8).numpy()
-    run(tmp_path, num_steps=10, samples_every_steps=5, on_samples=lambda *_: picture, tensorboard=tmp_path / "events")
-    assert [path.name.startswith("events.out") for path in (tmp_path / "events").iterdir()] == [True]
+    picture = torch.randint(0, 255, (8, 9, 3), dtype=torch.uint8).numpy()
+    model = network()
+    options = {"num_steps": 10, "report_every_steps": 2, "samples_every_steps": 5, "validate_every_steps": 4}
+    run(
+        tmp_path,
+        model,
+        validation=Regression(model),
+        on_samples=lambda *_: picture,
+        tensorboard=tmp_path / "events",
+        **options,
+    )
+    found = events(tmp_path / "events")
+    assert set(found.Tags()["scalars"]) == {"loss", "lr", "images_per_s", "validation_loss"}
+    lines = read_curve(tmp_path)
+    for name in ("loss", "lr", "validation_loss"):
+        told = {event.step: event.value for event in found.Scalars(name)}
+        assert told == pytest.approx({line["step"]: line[name] for line in lines if name in line}, rel=1e-6)
+    assert [event.step for event in found.Images("samples")] == [5, 10]
+    shown = cv2.imdecode(np.frombuffer(found.Images("samples")[0].encoded_image_string, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert (shown == picture).all()
+
+
+def test_a_resumed_training_tells_tensorboard_every_step_once(tmp_path):
+    options = {"num_steps": 30, "report_every_steps": 5, "checkpoint_every_steps": 10, "tensorboard": tmp_path / "e"}
+    model = network()
+
+    def spoil(losses, step):
+        if step == 27:
+            raise KeyboardInterrupt  # killed, with three lines more than its checkpoint knows
+        return losses
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model, Regression(model, spoil=spoil), **options)
+    _, trained = run(tmp_path, **options)
+    assert trained.resumed_from_step == 20
+    assert [event.step for event in events(tmp_path / "e").Scalars("loss")] == [5, 10, 15, 20, 25, 30]
+    assert [line["step"] for line in read_curve(tmp_path)] == [5, 10, 15, 20, 25, 30]
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return found
+
+
+def test_the_finished_curve_has_a_row_a_step_and_knows_nothing_of_the_clock(tmp_path):
+    settings = config(num_steps=25, validate_every_steps=10)
+    model = network()
+    trained = train(model, Regression(model), settings, work=tmp_path, validation=Regression(model))
+    table = loss_table(trained.losses, trained.validation, settings)
+    assert table.schema.equals(LOSS_SCHEMA)
+    assert table["loss"].to_pylist() == trained.losses
+    assert table["num_images"].to_pylist() == [16 * step for step in range(1, 26)]
+    assert table["lr"].to_pylist() == [1e-2 * lr_factor(step, settings) for step in range(25)]
+    measured = table.filter(table["validation_loss"].is_valid()).select(["step", "validation_loss"])
+    assert [tuple(row.values()) for row in measured.to_pylist()] == trained.validation
+    rates = [line["images_per_s"] for line in read_curve(tmp_path)]
+    assert images_per_s(tmp_path) == pytest.approx(np.median(rates))
+    assert images_per_s(tmp_path / "nowhere") is None
+
+
+def test_unless_told_it_validates_ten_times_and_at_least_every_500_steps_and_draws_three_times():
+    settings = config(num_steps=1000)
+    assert (settings.steps_between_validations, settings.steps_between_samples) == (100, 334)
+    settings = config(num_steps=10**6)
+    assert (settings.steps_between_validations, settings.steps_between_samples) == (500, 333334)
+    settings = config(num_steps=1, validate_every_steps=7, samples_every_steps=3)
+    assert (settings.steps_between_validations, settings.steps_between_samples) == (7, 3)
 
 
 def test_without_tensorboard_event_files_are_refused_before_any_step(tmp_path, monkeypatch):

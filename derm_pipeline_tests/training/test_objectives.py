@@ -15,6 +15,7 @@ from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig, aut
 from derm_pipeline.models.generator import build_network
 from derm_pipeline.models.laws import DDPM, RectifiedFlow
 from derm_pipeline.models.runtime import autocast
+from derm_pipeline.training.grids import GridConfig, draw_grid, told_in_grid
 from derm_pipeline.training.loop import CheckpointError, Interrupted, TrainingConfig, step_seed, train
 from derm_pipeline.training.objectives import (
     AutoencoderObjective,
@@ -269,6 +270,78 @@ def test_examples_that_are_held_out_are_measured_and_not_learnt(tmp_path):
     images = discs(30)
     _, pixels = train_autoencoder(images[:20], autoencoder(5), work=tmp_path / "c", held_out=images[20:])
     assert [step for step, _ in pixels.validation] == [1, 2, 3, 4, 5]
+
+
+VALIDATION = 0x76616C6964617465
+"""What the seeds of a validation's draws are apart from those of steps by."""
+
+
+def streams(num=4):
+    return [torch.Generator().manual_seed(step_seed(VALIDATION, number)) for number in range(num)]
+
+
+def test_the_validation_loss_of_a_generator_is_that_of_the_held_out_rows_by_the_weights_as_they_are(tmp_path):
+    moments, labels = two_kinds()
+    held_out, told_of = two_kinds(24)
+    held_out = held_out + 0.2 * torch.randn(held_out.shape).half()
+    spec, model, trained = train_generator(
+        moments, labels, CLASSES, generator(3), work=tmp_path, held_out=(held_out, told_of)
+    )
+    losses = []
+    for stream in streams():
+        chances = example_chances(told_of["diagnosis"], 1.0).cumsum(0)
+        rows = torch.searchsorted(chances, torch.rand(16, generator=stream, dtype=torch.float64))
+        chosen = held_out[rows, torch.randint(2, (16,), generator=stream)]
+        latents = spec.whiten(latents_of(chosen, torch.randn((16, 4, 4, 4), generator=stream)))  # as training rows are
+        hidden = torch.rand(16, generator=stream) < 0.1
+        told = {name: torch.where(hidden, len(CLASSES[name]), told_of[name][rows]) for name in CLASSES}
+        with torch.no_grad(), autocast(torch.device("cpu")):
+            loss = generator(3).law.training_loss(lambda x, time: model(x, time, told), latents, stream)  # noqa: B023
+        losses.append(float(loss.mean()))
+    assert trained.validation[-1] == (3, pytest.approx(np.mean(losses), rel=1e-6))
+
+
+@pytest.mark.parametrize("start", [2, 3], ids=["resisted", "not yet"])
+def test_the_validation_loss_of_an_autoencoder_is_weighed_as_the_step_before_it(tmp_path, start):
+    images = discs(30)
+    network = AutoencoderConfig(width=8, num_blocks=1, adversarial_weight=0.3, adversarial_start=start)
+    config = AutoencoderTraining(network=network, training=budget(3))
+    model, trained = train_autoencoder(images[:20], config, work=tmp_path, held_out=images[20:])
+    losses = []
+    for stream in streams():
+        chosen = torch.randint(10, (8,), generator=stream)
+        orientation = int(torch.randint(8, (1,), generator=stream))
+        batch = orient(to_model_range(torch.from_numpy(images[20:])[chosen]), orientation)
+        with torch.no_grad(), autocast(torch.device("cpu")):
+            loss = autoencoder_loss(model, batch, stream, adversarial_scale=float(start <= 2))[0]
+        losses.append(float(loss))
+    assert trained.validation[-1] == (3, pytest.approx(np.mean(losses), rel=1e-6))
+
+
+def test_to_be_watched_changes_no_weight_of_a_generator(tmp_path):
+    moments, labels = two_kinds()
+    config, seen = generator(9), []
+
+    def on_samples(step, model, spec):
+        told = told_in_grid(labels, config.conditions, 2)
+        seen.append((step, draw_grid(model, spec, lambda latents: latents[:, :3], told, GridConfig(num_steps=2))))
+        return seen[-1][1]
+
+    _, plain, _ = train_generator(moments, labels, CLASSES, config, work=tmp_path / "a")
+    _, watched, trained = train_generator(
+        moments,
+        labels,
+        CLASSES,
+        config,
+        work=tmp_path / "b",
+        held_out=two_kinds(24),
+        on_samples=on_samples,
+        tensorboard=tmp_path / "events",
+    )
+    assert all(torch.equal(weight, watched.state_dict()[name]) for name, weight in plain.state_dict().items())
+    assert [step for step, _ in trained.validation] == list(range(1, 10))
+    assert [step for step, _ in seen] == [3, 6, 9]
+    assert len({picture.tobytes() for _, picture in seen}) == 3
 
 
 def test_labels_outside_their_classes_are_refused_before_any_step(tmp_path):
