@@ -66,6 +66,30 @@ def the_line(result):
     return lines[0]
 
 
+@pytest.mark.parametrize("wanted", ["flag", "variable"])
+def test_event_files_without_tensorboard_are_refused_before_any_work(derm, empty, monkeypatch, wanted):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    if wanted == "variable":
+        monkeypatch.setenv("DERM_TENSORBOARD", str(empty.folder / "events"))
+    result = derm("run", "tiny", *(["--tensorboard"] if wanted == "flag" else []), project=empty)
+    assert "pip install 'derm_pipeline[tensorboard]'" in the_line(result)
+    assert [path.name for path in empty.data.iterdir()] == ["recipes"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "flag", "folder"),
+    [(None, False, None), (None, True, "data/tensorboard"), ("events", False, "events"), ("events", True, "events")],
+)
+def test_event_files_go_to_the_folder_named_or_into_the_data(derm, empty, monkeypatch, variable, flag, folder):
+    seen = []
+    monkeypatch.setattr("derm_pipeline.defs.jobs.RecipeRun.materialise_sources", lambda run: seen.append(run) or ())
+    monkeypatch.setattr("derm_pipeline.defs.jobs.RecipeRun.materialise_stages", lambda run: ())
+    if variable:
+        monkeypatch.setenv("DERM_TENSORBOARD", variable)
+    derm("run", "tiny", *(["--tensorboard"] if flag else []), project=empty)
+    assert seen[0].workspace.tensorboard == (folder and empty.folder.resolve() / folder)
+
+
 def test_the_help_teaches(derm):
     text = derm("--help").output
     for command in COMMANDS:
