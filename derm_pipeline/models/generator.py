@@ -146,22 +146,29 @@ def class_index(classes: Classes, condition: str, value: str | int | None) -> in
     return known.index(str(value))
 
 
-def build_network(config: DiTConfig | UNetConfig | PretrainedNetworkConfig) -> Network:
+def build_network(
+    config: DiTConfig | UNetConfig | PretrainedNetworkConfig, device: torch.device | None = None
+) -> Network:
     """A network of this shape: a fresh one, or the pretrained one with its weights as they were published.
+
+    Args:
+        config: Its shape.
+        device: Where to; the CPU by default. A pretrained one's weights are kept in what this device computes in.
 
     Raises:
         FileNotFoundError: it is a pretrained one that no longer lies where it was.
         ValueError: it is a pretrained one whose files have changed since.
     """
     if isinstance(config, PretrainedNetworkConfig):
-        return load_pretrained_network(config)
-    return UNet(config) if isinstance(config, UNetConfig) else DiT(config)
+        return load_pretrained_network(config, device)
+    network = UNet(config) if isinstance(config, UNetConfig) else DiT(config)
+    return network.to(device) if device else network
 
 
 def load_network(folder: Path, device: torch.device, *, averaged: bool = True) -> tuple[GeneratorSpec, Network]:
     """The generator in this folder, ready to sample: its averaged weights where it has them."""
     spec = GeneratorSpec.load(folder)
-    network = build_network(spec.network)
+    network = build_network(spec.network, device)
     path = folder / ("ema.safetensors" if averaged and (folder / "ema.safetensors").exists() else "weights.safetensors")
     if isinstance(network, PretrainedNetwork):
         network.load_null(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,14 +89,29 @@ def _load(kind: Any, files: BaseFiles, folder: str, dtype: torch.dtype) -> Any:
 
 def _from_folder(kind: Any, files: BaseFiles, folder: str, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """A network, and the names of its tensors that are not there."""
-    network, info = kind.from_pretrained(
-        str(files.root / folder),
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        torch_dtype=dtype,
-    )
+    with _without_bars():
+        network, info = kind.from_pretrained(
+            str(files.root / folder),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            torch_dtype=dtype,
+        )
     return network, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers draws a bar for every network that it reads; a library should not."""
+    from transformers.utils import logging
+
+    had = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had:
+            logging.enable_progress_bar()
 
 
 def _from_single(kind: Any, files: BaseFiles, folder: str, dtype: torch.dtype) -> tuple[Any, list[str]]:
