@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from derm_pipeline import __version__
+from derm_pipeline.cli.export import export
 from derm_pipeline.cli.generate import generate
 from derm_pipeline.cli.recipes import recipes, report, run
 from derm_pipeline.cli.shared import user_errors
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (run, recipes, report, generate, sources, fetch, captions, models, lineage, verify, prune):
+for command in (run, recipes, report, generate, export, sources, fetch, captions, models, lineage, verify, prune):
     main.add_command(command)

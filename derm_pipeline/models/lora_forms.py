@@ -64,16 +64,25 @@ def save_diffusers(path: Path, loras: Mapping[Part, Lora], networks: Mapping[Par
     _write(path, tensors, {CONFIG: _as_json(configs)}, **options)
 
 
-def save_kohya(path: Path, loras: Mapping[Part, Lora], networks: Mapping[Part, Network], **options: Any) -> None:
+def save_kohya(
+    path: Path,
+    loras: Mapping[Part, Lora],
+    networks: Mapping[Part, Network],
+    *,
+    is_sdxl: bool | None = None,
+    **options: Any,
+) -> None:
     """Write adapters as kohya's scripts do: `lora_unet_...`, `lora_te_...` or `lora_te1_...`, an alpha each.
 
     rsLoRA's scale is written as the alpha that gives it. DoRA's magnitudes are written as LyCORIS names them,
-    `dora_scale`: diffusers' pipelines leave them out with a warning, and kohya's own scripts do not know them.
+    `dora_scale`: diffusers' pipelines leave them out with a warning, and kohya's own scripts do not know them. Of a
+    text encoder's attention, diffusers reads this form only if `out_proj` is adapted, too.
 
     Args:
         path: The file.
         loras: The adapters by network.
         networks: What these networks are.
+        is_sdxl: Whether the base is SDXL, whose names are others; None: as the networks tell.
         options: `dtype`, in which weights are written; as they are by default.
 
     Raises:
@@ -81,7 +90,8 @@ def save_kohya(path: Path, loras: Mapping[Part, Lora], networks: Mapping[Part, N
     """
     import torch
 
-    is_sdxl = "text_encoder_2" in loras or ("denoiser" in networks and networks["denoiser"].is_sdxl)
+    if is_sdxl is None:
+        is_sdxl = "text_encoder_2" in loras or ("denoiser" in networks and networks["denoiser"].is_sdxl)
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, Tensor] = {}
     for part, lora in loras.items():
@@ -120,7 +130,7 @@ def _peft_tensors(lora: Lora) -> dict[str, Tensor]:
 
 
 def _long_name(key: str) -> str:
-    """peft's name of a tensor as diffusers has it for text encoders."""
+    """Peft's name of a tensor as diffusers has it for text encoders."""
     for own, told in ((".lora_A.", ".lora_linear_layer.down."), (".lora_B.", ".lora_linear_layer.up.")):
         key = key.replace(own, told)
     return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -13,6 +14,10 @@ from derm_pipeline.defs.stages.data import CAPTIONS, RECORDS, SPLITS, current_of
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.records import SkinType
 from derm_pipeline.store import StoreError
+
+if TYPE_CHECKING:
+    from derm_pipeline.models.export import Precision
+    from derm_pipeline.models.lora_forms import Form
 
 
 def export_captions(
@@ -66,3 +71,26 @@ def export_captions(
             with replacing(target) as aside:
                 shutil.copyfile(folder / caption.file_name, aside)
     return len(captions), write_captions(out, captions, carrier)
+
+
+def export_recipe(
+    workspace: Workspace, name: str, out: Path, form: Form, *, dtype: Precision | None = None
+) -> list[Path]:
+    """Write a recipe's generator in the form of other programs, with a card; see `models.export.export_generator`.
+
+    Raises:
+        StoreError: the generator is not finished.
+        FileNotFoundError, ValueError: as there.
+    """
+    from derm_pipeline.models.export import Origin, export_generator
+
+    artifact, recipe = workspace.store.current("generator", name), workspace.recipe(name)
+    sources = [workspace.sources[source] for source in recipe.sources]
+    origin = Origin(
+        recipe=name,
+        title=recipe.title,
+        artifact=str(artifact.reference),
+        licences=[f"{source.title}: {source.licence}" for source in sources],
+        training=artifact.manifest.settings.get("generator", {}),
+    )
+    return export_generator(artifact.directory, out, form, origin, dtype=dtype)
