@@ -42,7 +42,7 @@ def learnt(request, tiny_pipelines, tmp_path_factory):
     parts = ("denoiser", "text_encoder", "text_encoder_2")
     networks = dict(zip(parts, (base.denoiser, *base.text_encoders), strict=False))
     for part, tokenizer in zip(list(networks)[1:], base.tokenizers, strict=True):
-        vectors = {token: torch.randn(num, 32) for token, num in TOKENS.items()}
+        vectors = {token: torch.randn(num, networks[part].config.hidden_size) for token, num in TOKENS.items()}
         save_embeddings(folder / f"learned_embeds{part.removeprefix('text_encoder')}.safetensors", vectors)
         add_embeddings(tokenizer, networks[part], vectors)
     for part, network in networks.items():
