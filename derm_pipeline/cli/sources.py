@@ -166,7 +166,7 @@ def models() -> None:
 
 
 @models.command()
-@click.argument("family", type=click.Choice(["llava_next", *TINY_FAMILIES]))
+@click.argument("family", type=click.Choice(["llava_next", "clip_text", *TINY_FAMILIES]))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 def tiny(family: str, out: Path) -> None:
     """Write a complete, random, tiny model of FAMILY to the folder OUT, to try a set-up without any download."""
@@ -174,6 +174,11 @@ def tiny(family: str, out: Path) -> None:
         from derm_pipeline.captions.tiny import write_tiny_llava_next
 
         click.echo(f"{family}: {write_tiny_llava_next(out)}")
+        return
+    if family == "clip_text":
+        from derm_pipeline.models.tiny import write_tiny_clip_text
+
+        click.echo(f"{family}: {write_tiny_clip_text(out)}")
         return
     from derm_pipeline.models.pretrained.tiny import write_tiny
 

@@ -9,13 +9,14 @@ loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from derm_pipeline.models.hub_files import check_same, check_subfolder
 from derm_pipeline.models.runtime import computes_bf16
 from derm_pipeline.models.vae_files import VaeFiles, find_files, read_network
 from derm_pipeline.store import digest_of_file, digest_of_json
@@ -46,11 +47,7 @@ class PretrainedVaeConfig(BaseModel):
     @field_validator("subfolder")
     @classmethod
     def _stays_inside(cls, subfolder: str | None) -> str | None:
-        if subfolder is not None:
-            path = PurePosixPath(subfolder)
-            if path.is_absolute() or ".." in path.parts or not path.parts:
-                raise ValueError(f"subfolder {subfolder!r} is no folder inside the model")
-        return subfolder
+        return check_subfolder(subfolder)
 
     def identity(self) -> dict[str, Any]:
         """The settings on which the latents depend; files here count by what they hold, not by where they lie.
@@ -153,12 +150,8 @@ def load_pretrained_vae(
     device = device or torch.device("cpu")
     files = find_files(config)
     digests = _digests(files)
-    if expected is not None and digests != dict(expected):
-        changed = sorted(name for name in digests.keys() | expected.keys() if digests.get(name) != expected.get(name))
-        raise ValueError(
-            f"the autoencoder at {files.where} is not the one that was used before ({', '.join(changed)} differ): put "
-            "the files back, or materialise `autoencoder` and what follows it again"
-        )
+    if expected is not None:
+        check_same(digests, expected, what="autoencoder", where=files.where, asset="autoencoder")
     network, has_scaling = read_network(files)
     reference = _reference(config, files, digests, network.config, has_scaling=has_scaling)
     dtype = _dtype(config, device, force_upcast=bool(network.config.force_upcast))

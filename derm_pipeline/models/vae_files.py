@@ -7,37 +7,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from derm_pipeline.models.hub_files import CONFIG_FILE, Choice, Wanted, find_model, some
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 _CLASS = "AutoencoderKL"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_TIMEOUT_S = 10
 _PREFIXES = ("", "first_stage_model.", "vae.")
 """Of an autoencoder's names: alone, or within a whole Stable Diffusion."""
 _ORIGINAL_NAME = "encoder.down.0.block.0.conv2.weight"
-
-
-class Wanted(Protocol):
-    """What `find_files` reads of the settings (`PretrainedVaeConfig`)."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def subfolder(self) -> str | None: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def offline(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -64,14 +49,13 @@ def find_files(wanted: Wanted) -> VaeFiles:
     here = Path(wanted.model)
     if here.is_file():
         return _single_file(here, wanted)
-    if here.is_dir():
-        return _in_folder(here / wanted.subfolder if wanted.subfolder else here)
-    if not _HUB_ID.fullmatch(wanted.model):
-        kind = "file" if here.suffix else "folder"
-        raise FileNotFoundError(
-            f"the autoencoder is looked for in the {kind} {here.absolute()}, which is not there, and it is no hub id"
-        )
-    return _on_hub(wanted)
+    config, weights = _names(wanted)
+
+    def choose(there: Collection[str]) -> Choice:
+        return Choice([config, weights], [name for name in (config, weights) if name not in there])
+
+    found = find_model(wanted, choose, "autoencoder")
+    return VaeFiles(found.where, found.paths[config], found.paths[weights], found.commit)
 
 
 def _single_file(path: Path, wanted: Wanted) -> VaeFiles:
@@ -83,92 +67,9 @@ def _single_file(path: Path, wanted: Wanted) -> VaeFiles:
     return VaeFiles(str(path), beside if beside.is_file() and _class_of(beside) == _CLASS else None, path)
 
 
-def _in_folder(folder: Path) -> VaeFiles:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the autoencoder is looked for in the folder {folder.absolute()}, which is not there")
-    paths = {name: folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    missing = [name for name, path in paths.items() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"the folder {folder.absolute()} has no {' and no '.join(missing)} (only safetensors are read); it holds "
-            f"{_some(sorted(path.name for path in folder.iterdir()))}"
-        )
-    return VaeFiles(str(folder), paths[CONFIG_FILE], paths[WEIGHTS_FILE])
-
-
-def _on_hub(wanted: Wanted) -> VaeFiles:
-    """From the cache at once where nothing can have changed there, else as the hub has it, else from the cache."""
-    revision = wanted.revision or "main"
-    is_fixed = bool(_COMMIT.fullmatch(revision))
-    problem: Exception | None = None
-    if not wanted.offline and not (is_fixed and _in_cache(wanted, revision)):
-        from huggingface_hub.errors import HfHubHTTPError
-
-        unreachable: tuple[type[Any], ...] = (OSError, *HfHubHTTPError.__bases__)  # of the HTTP library that it uses
-        try:
-            return _download(wanted, revision)
-        except _NoSafetensorsError as error:
-            raise FileNotFoundError(str(error)) from error
-        except unreachable as error:
-            problem = error
-    found = _in_cache(wanted, revision)
-    if found is None:
-        raise FileNotFoundError(_not_there(wanted, revision, problem)) from problem
-    return found
-
-
-class _NoSafetensorsError(LookupError):
-    """The hub has the model, but not these files of it."""
-
-
 def _names(wanted: Wanted) -> tuple[str, str]:
-    prefix = f"{wanted.subfolder.rstrip('/')}/" if wanted.subfolder else ""
+    prefix = f"{wanted.subfolder}/" if wanted.subfolder else ""
     return prefix + CONFIG_FILE, prefix + WEIGHTS_FILE
-
-
-def _download(wanted: Wanted, revision: str) -> VaeFiles:
-    import huggingface_hub
-
-    info = huggingface_hub.HfApi().model_info(wanted.model, revision=revision, timeout=_HUB_TIMEOUT_S)
-    there = {sibling.rfilename for sibling in info.siblings or ()}
-    missing = [name for name in _names(wanted) if name not in there]
-    if missing:
-        raise _NoSafetensorsError(
-            f"{wanted.model} (revision {revision}) on the hub has no {' and no '.join(missing)}; it holds "
-            f"{_some(sorted(there))}"
-        )
-    cache = huggingface_hub.constants.HF_HUB_CACHE
-    config, weights = (
-        Path(huggingface_hub.hf_hub_download(wanted.model, name, revision=info.sha, cache_dir=cache))
-        for name in _names(wanted)
-    )
-    return VaeFiles(f"{wanted.model}@{info.sha}", config, weights, info.sha)
-
-
-def _in_cache(wanted: Wanted, revision: str) -> VaeFiles | None:
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    paths = [
-        try_to_load_from_cache(wanted.model, name, revision=revision, cache_dir=constants.HF_HUB_CACHE)
-        for name in _names(wanted)
-    ]
-    config, weights = (Path(path) if isinstance(path, str) else None for path in paths)
-    if config is None or weights is None:
-        return None
-    commit = next((part for part in reversed(config.parts) if _COMMIT.fullmatch(part)), None)
-    return VaeFiles(f"{wanted.model}@{commit or revision}", config, weights, commit)
-
-
-def _not_there(wanted: Wanted, revision: str, problem: Exception | None) -> str:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    reason = next(iter(str(problem or "").strip().splitlines()), "")[:300].rstrip(".")
-    tried = f"and cannot be downloaded ({reason})" if problem else "and offline is set"
-    return (
-        f"the autoencoder {wanted.model} (revision {revision}) is no folder here, its {' and '.join(_names(wanted))} "
-        f"are not in the Hugging Face cache {HF_HUB_CACHE}, {tried}. Get it where there is a network "
-        f"(`hf download {wanted.model}`), or give a folder that holds it."
-    )
 
 
 def read_network(files: VaeFiles) -> tuple[Any, bool]:
@@ -191,7 +92,7 @@ def read_network(files: VaeFiles) -> tuple[Any, bool]:
     is_named = files.weights.name == WEIGHTS_FILE and files.config is not None
     network, missing = _from_folder(files) if is_named else _from_single_file(files)
     if missing:
-        raise ValueError(f"{files.weights} is not complete: missing are {_some(missing)}")
+        raise ValueError(f"{files.weights} is not complete: missing are {some(missing)}")
     _check(network, files)
     return network, files.config is not None
 
@@ -205,7 +106,7 @@ def _from_folder(files: VaeFiles) -> tuple[Any, list[str]]:
     )
     if info["unexpected_keys"]:
         raise ValueError(
-            f"{files.config} is not that of {files.weights}, which also holds {_some(sorted(info['unexpected_keys']))}"
+            f"{files.config} is not that of {files.weights}, which also holds {some(sorted(info['unexpected_keys']))}"
         )
     return network, sorted(info["missing_keys"])
 
@@ -240,7 +141,7 @@ def _shape_of_original(state: Mapping[str, Tensor], files: VaeFiles) -> dict[str
     if _ORIGINAL_NAME not in state or "decoder.conv_in.weight" not in state:
         raise ValueError(
             f"{files.weights} has neither a config.json of an {_CLASS} beside it nor the original names of one; it "
-            f"holds {_some(sorted(state))}"
+            f"holds {some(sorted(state))}"
         )
 
     def count(pattern: str) -> int:
@@ -269,7 +170,7 @@ def _check(network: Any, files: VaeFiles) -> None:
         )
     broken = [name for name, tensor in network.named_parameters() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{files.weights} holds values that are not finite, in {_some(broken)}; get it again")
+        raise ValueError(f"{files.weights} holds values that are not finite, in {some(broken)}; get it again")
 
 
 def _class_of(config: Path) -> str | None:
@@ -278,7 +179,3 @@ def _class_of(config: Path) -> str | None:
     except ValueError as error:
         raise ValueError(f"{config} is no JSON ({error})") from error
     return content.get("_class_name") if isinstance(content, dict) else None
-
-
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")) or "nothing"
