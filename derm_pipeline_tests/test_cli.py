@@ -210,7 +210,7 @@ def test_the_recipes_are_listed_and_printed_with_every_setting(derm, empty):
 def test_an_unknown_recipe_is_named_beside_those_there_are(derm, empty):
     for command in ("run", "recipes"):
         line = the_line(derm(command, "tyni", project=empty))
-        assert "'tyni' is not a recipe; there are dit, dit_b, dit_scin, dit_xl, ham10000, ham10000_fast, " in line
+        assert "'tyni' is not a recipe; there are dit, dit_b, dit_scin, dit_text, dit_xl, ham10000, " in line
     assert "'tiny_fast'" in the_line(derm("run", "tiny", "--fast", project=empty))
 
 

@@ -16,7 +16,7 @@ from derm_pipeline.captions.metadata import names_unknown
 from derm_pipeline.defs.stages import data as stages
 from derm_pipeline.defs.stages.data import DESCRIPTORS, HAIR, QUARANTINED, RECORDS, SPLITS
 from derm_pipeline.defs.stages.evaluation import sample_images
-from derm_pipeline.defs.stages.sets import EVALUATION_SET, TRAINING_SET
+from derm_pipeline.defs.stages.sets import EVALUATION_SET, TRAINING_SET, VALIDATION_SET
 from derm_pipeline.images import encode_jpeg, read_image
 from derm_pipeline_tests.conftest import NUM_IMAGES, RECIPE_ASSETS, SOURCE_ASSETS, new_project, run_tiny
 
@@ -260,3 +260,58 @@ def test_a_u_net_on_a_published_autoencoders_latents_goes_through_the_whole_grap
     assert artifacts["autoencoder"].counts["num_steps"] == 0
     assert "weights.safetensors" not in artifacts["autoencoder"].manifest.files
     assert artifacts["report"].path("report.html").stat().st_size > 10_000
+
+
+def test_a_generator_that_is_told_captions_goes_through_the_whole_graph(tmp_path, phantoms, finished):
+    from click.testing import CliRunner
+
+    from derm_pipeline.cli import main
+    from derm_pipeline.latents import open_embeddings
+    from derm_pipeline.models.tiny import write_tiny_clip_text
+
+    encoder = write_tiny_clip_text(tmp_path / "clip")
+    project = new_project(tmp_path / "project", phantoms)
+    settings = (project.data / "recipes" / "tiny.yaml").read_text()
+    told = f"generator:\n  text: {{encoder: {{model: {encoder}, max_tokens: 40}}, caption: label}}\n"
+    (project.data / "recipes" / "tiny.yaml").write_text(settings.replace("generator:\n", told))
+    run_tiny(project)
+    artifacts, before = project.artifacts(), finished.artifacts()
+    # All that comes before is what it is without text, moments included.
+    assert artifacts["autoencoder"].manifest.content_digest == before["autoencoder"].manifest.content_digest
+    latents = artifacts["latents"]
+    shards = [name for name in latents.manifest.files if name.startswith("moments-")]
+    assert all(latents.manifest.files[name] == before["latents"].manifest.files[name] for name in shards)
+    embeddings = open_embeddings(latents.path("text"))
+    captions = artifacts["training_set"].table(TRAINING_SET)["told"].to_pylist()
+    watched = artifacts["validation_set"].table(VALIDATION_SET)["told"].to_pylist()
+    assert len(embeddings) == len({*captions, *watched}) + 1 == latents.counts["num_texts"] + 1
+    metadata, images = sample_images(artifacts["synthetic_dataset"])
+    rows = metadata.to_pylist()
+    assert images.shape == (84, 32, 32, 3)
+    assert {row["text"] for row in rows} <= set(captions)
+    assert all(row["prompt"].endswith(f", text={row['text']}") for row in rows)
+    shown = {}
+    for row in rows:
+        shown.setdefault(row["diagnosis"], set()).add(row["text"])
+    assert all(len(texts) == 1 for texts in shown.values())  # the label, and nothing of another diagnosis
+    assert len(set.union(*shown.values())) == 7
+
+    def generate(*arguments):
+        paths = ["--data", str(project.data), "--raw", str(phantoms)]
+        done = CliRunner().invoke(main, ["generate", "--recipe", "tiny", *arguments, *paths])
+        return done.exit_code, done.output
+
+    code, said = generate("--prompt", "A dermoscopic image of melanoma on the back.", "--count", "2")
+    assert code == 0, said
+    assert "2 images" in said
+    code, said = generate("--diagnosis", "mel", "--prompt", "very " * 60)
+    assert code == 1
+    assert "tokens; 40 can be told: shorten it" in said
+    shutil.rmtree(encoder)
+    code, said = generate("--diagnosis", "mel", "--count", "3")  # a caption that is known needs no encoder
+    assert code == 0, said
+    code, said = generate("--diagnosis", "mel", "--prompt", "a blue one")
+    assert code == 1
+    assert str(encoder) in said
+    project.workspace.store.prune()
+    assert project.workspace.store.verify() == []

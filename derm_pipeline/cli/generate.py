@@ -27,6 +27,7 @@ _SOLVERS = ("dpm2m", "unipc", "euler", "ddim", "heun", "ddpm")
 @click.option("--diagnosis", "diagnoses", multiple=True, help="Code or words: mel, melanoma. Again for more. [all]")
 @click.option("--skin-type", "skin_types", type=click.IntRange(1, 6), multiple=True, help="1 to 6; again for more.")
 @click.option("--tell", multiple=True, metavar="NAME=VALUE", help="Another condition of the generator: sex=female.")
+@click.option("--prompt", help="Told to a generator of text; alone, no diagnosis is.  [a training caption]")
 @click.option("--count", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="Images of each.")
 @click.option("--seed", type=int, help="Same seed, same images.  [default: the recipe's]")
 @click.option("--guidance", type=click.FloatRange(min=0), help="Above 1 exaggerates.  [default: the recipe's]")
@@ -45,6 +46,7 @@ def generate(
     diagnoses: tuple[str, ...],
     skin_types: tuple[int, ...],
     tell: tuple[str, ...],
+    prompt: str | None,
     count: int,
     output: OutputFormat,
     out: Path | None,
@@ -56,9 +58,11 @@ def generate(
 
     \b
     derm generate --recipe quickstart --diagnosis melanoma --skin-type 5 --count 50
+    derm generate --recipe dit_text --diagnosis melanoma --prompt "a dermoscopic image of melanoma on the back"
     derm generate --recipe quickstart --count 8 --format grid      a row a diagnosis, a column a seed
     derm generate --recipe quickstart --count 1000 --format npz    arr_0 for ADM's evaluator
     """
+    from derm_pipeline.defs.stages.texts import requests_in_words
     from derm_pipeline.generation import check_requests, generate_folder, name_of, request_of
     from derm_pipeline.models.generator import GeneratorSpec
 
@@ -68,8 +72,9 @@ def generate(
     if config.solver == "ddpm" and spec.law.kind != "ddpm":
         raise UserError('--solver "ddpm" needs a generator of law ddpm; that of this recipe is a flow: take "dpm2m"')
     is_grid = output == "grid"
-    requests = _requests(spec, diagnoses, skin_types, tell, count, config, same_noise=is_grid)
-    check_requests(requests, spec)
+    requests = _requests(spec, diagnoses, skin_types, tell, prompt, count, config, same_noise=is_grid)
+    check_requests(requests, spec, has_text=True)
+    requests, embed_text = requests_in_words(workspace.store, made["generator"], requests)
     request = request_of(requests, config, output, recipe=recipe, **made)
     folder = (out or workspace.data / "samples" / recipe / name_of(request)).resolve()
     with progress_bars() as show:
@@ -79,9 +84,11 @@ def generate(
             config,
             output,
             recipe=recipe,
-            **made,
+            generator=made["generator"],
+            autoencoder=made["autoencoder"],
             licences=_licences(workspace, recipe),
             columns=count * max(1, len(set(skin_types))),
+            embed_text=embed_text,
             on_progress=lambda done, total: show("samples", done, total, ""),
         )
     click.echo(f"{len(requests):,} images ({output}){'' if is_new else ', there already'}: {folder}")
@@ -126,6 +133,7 @@ def _requests(
     diagnoses: tuple[str, ...],
     skin_types: tuple[int, ...],
     tell: tuple[str, ...],
+    prompt: str | None,
     count: int,
     config: SamplingConfig,
     *,
@@ -134,7 +142,8 @@ def _requests(
     from derm_pipeline.generation import diagnosis_called, requests_of_cells
 
     known = [Diagnosis(value) for value in spec.classes["diagnosis"]]
-    asked = list(dict.fromkeys(diagnosis_called(words, known) for words in diagnoses)) or known
+    named: list[Diagnosis | None] = [*dict.fromkeys(diagnosis_called(words, known) for words in diagnoses)]
+    asked = named or ([None] if prompt else known)
     of_skin_types: list[SkinType | None] = [*map(SkinType, dict.fromkeys(skin_types))] or [None]
     num_samples = len(asked) * len(of_skin_types) * count
     if num_samples > _MOST:
@@ -145,6 +154,7 @@ def _requests(
         count,
         config.seed,
         further=_further(tell),
+        text=prompt,
         same_noise=same_noise,
     )
 

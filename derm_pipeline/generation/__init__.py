@@ -1,7 +1,7 @@
 """Prompts x seeds -> images, with one provenance row each. Sample i depends on its own seed and conditions only.
 
-`plan`: which samples. `drawing`: pixels, batch by batch, resumable. `files`, `arrays`: what is written. `folder`: all
-of it, for `derm generate`.
+`plan`: which samples. `texts`: what each is told in words. `drawing`: pixels, batch by batch, resumable. `files`,
+`arrays`: what is written. `folder`: all of it, for `derm generate`.
 """
 
 from derm_pipeline.generation.arrays import write_grid, write_npz
@@ -30,6 +30,7 @@ from derm_pipeline.generation.plan import (
     requests_of_cells,
     sample_seed,
 )
+from derm_pipeline.generation.texts import caption_requests, text_of_requests
 
 __all__ = [
     "Cell",
@@ -37,6 +38,7 @@ __all__ = [
     "OutputFormat",
     "SampleRequest",
     "SamplingConfig",
+    "caption_requests",
     "captions_of",
     "check_requests",
     "dataset_card",
@@ -56,6 +58,7 @@ __all__ = [
     "request_of",
     "requests_of_cells",
     "sample_seed",
+    "text_of_requests",
     "write_dataset",
     "write_grid",
     "write_npz",

@@ -11,6 +11,7 @@ On a GPU samples are evaluated in batches of `batch_size`, filled up: the last b
 from __future__ import annotations
 
 import fcntl
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -158,15 +159,17 @@ def check_requests(requests: Sequence[SampleRequest], spec: GeneratorSpec, *, ha
     Raises:
         ValueError: a condition, or a value of one, that it does not know or no training image has, with those it knows.
     """
-    told = set(spec.network.conditions)
+    hears_text = getattr(spec.network, "has_text", False)
+    told = {*spec.network.conditions, *([TEXT] if hears_text else [])}
     asked = {name for request in requests for name in request.conditions}
+    asked |= {TEXT} if any(request.text is not None for request in requests) else set()
     if not asked <= told:
         raise ValueError(f"asked for {sorted(asked)}, but the generator is told {sorted(told)} only")
     for name in spec.network.conditions:
         for value in {request.told(name) for request in requests}:
             class_index(spec.classes, name, value)
             spec.check_seen(name, value)
-    if getattr(spec.network, "has_text", False) and not has_text:
+    if hears_text and not has_text:
         raise ValueError("the generator is told text, and no text embeddings are given: pass embed_text")
 
 
@@ -186,7 +189,7 @@ class Drawer:
         identity: list[Any] = [settings, self._device.type, self._weights]
         identity += [[request.seed, request.prompt] for request in batch]
         if self._embed_text is not None:
-            identity += [[list(part.shape), part.float().flatten().tolist()] for part in self._embed_text(batch)]
+            identity += [_digest_of_tensor(part) for part in self._embed_text(batch)]
         return digest_of_json(identity)[:16]
 
     def draw(self, batch: Sequence[SampleRequest]) -> Pixels:
@@ -278,6 +281,12 @@ class Drawer:
             for path in sorted(folder.iterdir())
             if path.suffix in (".json", ".safetensors") and path.name != MANIFEST
         ]
+
+
+def _digest_of_tensor(tensor: Tensor) -> str:
+    """sha256 of a tensor's type, shape and values."""
+    said = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(said + tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _filled(chunk: Sequence[SampleRequest], size: int) -> list[SampleRequest]:

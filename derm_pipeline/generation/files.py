@@ -55,9 +55,10 @@ _DTYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.f
 
 
 def captions_of(requests: Sequence[SampleRequest]) -> list[str]:
-    """The caption of every sample: what is known of it, in the words of the metadata captions."""
-    rows = [{"diagnosis": request.diagnosis.value, "skin_type": request.skin_type} for request in requests]
-    return metadata_captions(rows, [None] * len(rows), MetadataCaptionConfig())
+    """The caption of every sample: that which it was told, else what is known of it, as the metadata captions say."""
+    rows = [{"diagnosis": request.told("diagnosis"), "skin_type": request.skin_type} for request in requests]
+    written = metadata_captions(rows, [None] * len(rows), MetadataCaptionConfig())
+    return [words if one.text is None else one.text for one, words in zip(requests, written, strict=True)]
 
 
 def provenance_rows(
@@ -94,7 +95,7 @@ def provenance_rows(
             "sample_id": sample_ids(request) if sample_ids else f"{recipe}/{request.number:06d}",
             "recipe": recipe,
             "prompt": request.prompt,
-            "diagnosis": request.diagnosis.value,
+            "diagnosis": request.told("diagnosis"),
             "skin_type": request.skin_type.value if request.skin_type else None,
             "seed": request.seed,
             "guidance": config.guidance,
@@ -243,7 +244,7 @@ def dataset_card(
     """
     unseen = _unseen(num_unseen, len(requests))
     walked = lineage_of or f"{recipe}/000000"
-    counts = Counter(request.diagnosis for request in requests)
+    counts = Counter(request.diagnosis for request in requests if request.diagnosis is not None)
     table = "\n".join(
         f"| {diagnosis.phrase} (`{diagnosis.value}`) | {counts[diagnosis]} |" for diagnosis in canonical(counts)
     )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from derm_pipeline.generation.arrays import write_grid, write_npz
-from derm_pipeline.generation.drawing import OnProgress, draw_batches
+from derm_pipeline.generation.drawing import EmbedText, OnProgress, draw_batches
 from derm_pipeline.generation.files import (
     Row,
     dataset_card,
@@ -84,6 +84,7 @@ def generate_folder(
     autoencoder: Artifact,
     licences: Sequence[str],
     columns: int = 8,
+    embed_text: EmbedText | None = None,
     on_progress: OnProgress | None = None,
 ) -> bool:
     """Draw samples into a folder; the same call again finishes what was interrupted, and then does nothing.
@@ -98,6 +99,7 @@ def generate_folder(
         autoencoder: Its autoencoder.
         licences: Those of the sources it was trained on.
         columns: Samples in a row of a grid.
+        embed_text: The text of each sample, for a generator that is told text.
         on_progress: Called as (samples drawn, samples in all).
 
     Returns:
@@ -133,6 +135,7 @@ def generate_folder(
             generator=generator.directory,
             autoencoder=autoencoder.directory,
             work=out / _WORK,
+            embed_text=embed_text,
             on_progress=on_progress,
         )
     with _locked(out, fcntl.LOCK_EX):  # one of them writes, when all have drawn

@@ -69,29 +69,34 @@ class SampleRequest:
 
     number: int
     seed: int
-    diagnosis: Diagnosis
+    diagnosis: Diagnosis | None
+    """None where a text alone says what is wanted."""
     skin_type: SkinType | None
     further: tuple[tuple[str, str], ...] = ()
     """Other conditions and their values, as the generator calls them."""
+    text: str | None = None
+    """The caption that is told, of a generator that is told text."""
 
     def told(self, condition: str) -> str | None:
         """The value of a condition; None where nothing is told, which is its null class."""
         if condition == "diagnosis":
-            return self.diagnosis.value
+            return None if self.diagnosis is None else self.diagnosis.value
         if condition == "skin_type":
             return None if self.skin_type is None else str(self.skin_type.value)
         return dict(self.further).get(condition)
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What the generator is told, by name."""
+        """What the generator is told by class, by name."""
+        diagnosis = ("diagnosis",) if self.diagnosis is not None else ()
         skin_type = ("skin_type",) if self.skin_type is not None else ()
-        return ("diagnosis", *skin_type, *(name for name, _ in self.further))
+        return (*diagnosis, *skin_type, *(name for name, _ in self.further))
 
     @property
     def prompt(self) -> str:
         """What the generator is told, in full."""
-        return ", ".join(f"{name}={self.told(name)}" for name in self.conditions)
+        told = [f"{name}={self.told(name)}" for name in self.conditions]
+        return ", ".join([*told, *([f"text={self.text}"] if self.text is not None else [])])
 
     @property
     def file_name(self) -> str:
@@ -153,22 +158,24 @@ def sample_seed(seed: int, number: int) -> int:
 
 
 def requests_of_cells(
-    diagnoses: Sequence[Diagnosis],
+    diagnoses: Sequence[Diagnosis | None],
     skin_types: Sequence[SkinType | None],
     count: int,
     seed: int,
     *,
     further: Mapping[str, str] | None = None,
+    text: str | None = None,
     same_noise: bool = False,
 ) -> list[SampleRequest]:
     """`count` samples of every diagnosis with every skin type, cell after cell.
 
     Args:
-        diagnoses: Those asked for.
+        diagnoses: Those asked for; None is "not told".
         skin_types: Those asked for; None is "not told".
         count: Samples of each cell, at least 1.
         seed: Every sample's own seed follows from it.
         further: Other conditions, the same for all.
+        text: The caption that is told of all, to a generator that is told text.
         same_noise: Whether the i-th sample of every cell has the same seed, for comparison side by side.
     """
     told = tuple((further or {}).items())
@@ -176,7 +183,7 @@ def requests_of_cells(
     requests = []
     for number in range(len(cells) * count):
         drawn_as = number % count if same_noise else number
-        requests.append(SampleRequest(number, sample_seed(seed, drawn_as), *cells[number // count], told))
+        requests.append(SampleRequest(number, sample_seed(seed, drawn_as), *cells[number // count], told, text))
     return requests
 
 

@@ -108,7 +108,8 @@ def check_network(recipe: Recipe, downsampling: int, channels: int) -> None:
             f"{downsampling} x generator.patch {patch})"
         )
     try:
-        recipe.generator.network(size_px // downsampling, channels, dict.fromkeys(recipe.generator.conditions, 1))
+        told: dict[str, int] = dict.fromkeys(recipe.generator.conditions, 1)
+        recipe.generator.network(size_px // downsampling, channels, told, text_width=1)  # a text's, its files say
     except ValidationError as error:
         said = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
         raise ValueError(f"generator: {said}") from error

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from derm_pipeline.images import Pixels
-from derm_pipeline.latents import Moments, latent_statistics, orient, to_model_range
+from derm_pipeline.latents import Embeddings, Moments, latent_statistics, orient, to_model_range
 from derm_pipeline.models.autoencoder import Autoencoder, autoencoder_losses
-from derm_pipeline.models.conditions import check_classes, draw_hidden, hide
+from derm_pipeline.models.conditions import TEXT, TEXT_MASK, check_classes, draw_hidden, hide
 from derm_pipeline.models.generator import AnyAutoencoder, Classes, GeneratorSpec, Network, build_network
 from derm_pipeline.models.laws import Draw
 from derm_pipeline.models.reconstruction import psnr_db
@@ -114,9 +114,10 @@ class GeneratorObjective:
         moments: Tensor | Moments,
         labels: Mapping[str, Tensor],
         config: GeneratorTraining,
+        text: Embeddings | None = None,
     ) -> None:
         """See `train_generator` for what is given."""
-        _check_labels(labels, {name: spec.classes[name] for name in config.conditions}, len(moments))
+        _check_labels(labels, {name: spec.classes[name] for name in config.conditions}, len(moments), text)
         device = next(model.parameters()).device
         self._model, self._spec, self._config = model, spec, config
         self._moments = moments
@@ -124,6 +125,8 @@ class GeneratorObjective:
         self._resident = there if isinstance(there, Tensor) else None
         self._chances = example_chances(labels["diagnosis"], config.balance).cumsum(0)
         self._labels: dict[str, Tensor] = {name: labels[name].to(device) for name in config.conditions}
+        self._hideable = [*config.conditions, *([TEXT] if text is not None else [])]
+        self._text = None if text is None else _TextRows(text, labels[TEXT], device)
         statistics = torch.tensor([spec.latent_mean, spec.latent_std], dtype=torch.float32)
         self._mean, self._std = statistics.view(2, 1, -1, 1, 1).to(device)
 
@@ -138,13 +141,15 @@ class GeneratorObjective:
         if self._resident is None:  # they are fetched where they lie
             batch["moments"] = self._moments[rows, orientations]
         together, each = self._config.condition_dropout, self._config.condition_dropout_each
-        hidden = draw_hidden(self._config.conditions, size, stream, together=together, each=each)
+        if self._text is not None:
+            batch |= self._text.draw(rows)
+        hidden = draw_hidden(self._hideable, size, stream, together=together, each=each)
         batch |= {f"hidden.{name}": is_hidden for name, is_hidden in hidden.items()}
         return batch | self._config.law.draw(shape, stream)._asdict()
 
     def loss(self, batch: Batch) -> Tensor:
         model, told = self._model, self.told(batch)
-        hidden = {name: batch[f"hidden.{name}"] for name in told}
+        hidden = {name: batch[f"hidden.{name}"] for name in self._hideable}
         told = hide(told, model.null_conditions(len(batch["rows"])), hidden)
         draw = Draw(*(batch[name] for name in Draw._fields))
         return self._config.law.loss(lambda x, time: model(x, time, told), self.latents(batch), draw)
@@ -157,7 +162,27 @@ class GeneratorObjective:
 
     def told(self, batch: Batch) -> dict[str, Tensor]:
         """What is told of these rows, by condition, nothing hidden."""
-        return {name: labels[batch["rows"]] for name, labels in self._labels.items()}
+        told = {name: labels[batch["rows"]] for name, labels in self._labels.items()}
+        return told if self._text is None else told | self._text.told(batch)
+
+
+class _TextRows:
+    """The text of every row: resident on the device where the embeddings fit, else gathered for each batch."""
+
+    def __init__(self, text: Embeddings, row_of: Tensor, device: torch.device) -> None:
+        if len(row_of) and not 0 <= int(row_of.min()) <= int(row_of.max()) < len(text):
+            raise ValueError(f"the rows of the text are {row_of.min()} to {row_of.max()} of {len(text)} embeddings")
+        self._text, self._row_of = text, row_of
+        self._resident = text.resident(device)
+
+    def draw(self, rows: Tensor) -> Batch:
+        texts = self._row_of[rows]
+        return {"text_rows": texts} if self._resident is not None else self._text.gather(texts)
+
+    def told(self, batch: Batch) -> dict[str, Tensor]:
+        if self._resident is None:
+            return {name: batch[name] for name in (TEXT, TEXT_MASK)}
+        return {name: tensor[batch["text_rows"]] for name, tensor in self._resident.items()}
 
 
 def train_generator(
@@ -167,6 +192,7 @@ def train_generator(
     config: GeneratorTraining,
     *,
     work: Path,
+    text: Embeddings | None = None,
     held_out: tuple[Tensor | Moments, Mapping[str, Tensor]] | None = None,
     on_progress: OnProgress | None = None,
     on_samples: Callable[[int, Network, GeneratorSpec], Pixels | None] | None = None,
@@ -178,10 +204,11 @@ def train_generator(
     Args:
         moments: (n, orientations, 2 c, h, w), mean and log-variance; kept on the device where they fit.
         labels: of the diagnosis and each of `config.conditions`, the class index (n,) of every row; the null class
-            where unknown.
+            where unknown. With `text` also of "text", the row of every image's caption in it.
         classes: of each condition, in order.
         config: network, law, budget.
         work: folder of the checkpoint.
+        text: embeddings of captions ("text" and "text_mask"), where the generator is told them.
         held_out: moments and labels that are never trained on, for a validation loss: what a training loss would be
             on them, conditions hidden and diagnoses evened out alike.
         on_progress: see `loop.train`.
@@ -193,15 +220,15 @@ def train_generator(
         ValueError: labels outside their classes or not of the moments; and what `loop.train` refuses.
     """
     device = join_processes().device
-    spec = _spec(moments, labels, classes, config)
+    spec = _spec(moments, labels, classes, config, text)
     torch.manual_seed(config.training.seed)
     model = build_network(spec.network).to(device)
     trained = train(
         model,
-        GeneratorObjective(model, spec, moments, labels, config),
+        GeneratorObjective(model, spec, moments, labels, config, text),
         config.training,
         work=work,
-        validation=GeneratorObjective(model, spec, *held_out, config) if held_out else None,
+        validation=GeneratorObjective(model, spec, *held_out, config, text) if held_out else None,
         identity=spec.model_dump(mode="json", exclude={"seen"})
         | config.model_dump(mode="json", exclude={"training", "law", "grid"}),
         on_progress=on_progress,
@@ -213,17 +240,26 @@ def train_generator(
 
 
 def _spec(
-    moments: Tensor | Moments, labels: Mapping[str, Tensor], classes: Classes, config: GeneratorTraining
+    moments: Tensor | Moments,
+    labels: Mapping[str, Tensor],
+    classes: Classes,
+    config: GeneratorTraining,
+    text: Embeddings | None,
 ) -> GeneratorSpec:
     missing = [name for name in config.conditions if name not in classes]
     if missing:
         raise ValueError(f"the generator is to be told {missing[0]}, of which no classes are given")
+    if (text is None) != (config.text is None):
+        raise ValueError("text embeddings are given where the settings name text, and only there")
     statistics = latent_statistics(moments)
     network = config.network(
-        moments.shape[-1], moments.shape[2] // 2, {name: len(classes[name]) for name in config.conditions}
+        moments.shape[-1],
+        moments.shape[2] // 2,
+        {name: len(classes[name]) for name in config.conditions},
+        text_width=0 if text is None else text.shapes[TEXT][-1],
     )
     told: dict[str, tuple[str, ...]] = {name: classes[name] for name in config.conditions}
-    _check_labels(labels, told, len(moments))
+    _check_labels(labels, told, len(moments), text)
     return GeneratorSpec(
         network=network,
         law=config.law,
@@ -234,9 +270,9 @@ def _spec(
     )
 
 
-def _check_labels(labels: Mapping[str, Tensor], told: Classes, num: int) -> None:
+def _check_labels(labels: Mapping[str, Tensor], told: Classes, num: int, text: Embeddings | None) -> None:
     check_classes(labels, {name: len(known) for name, known in told.items()})
-    for name in ("diagnosis", *told):
+    for name in ("diagnosis", *told, *([TEXT] if text is not None else [])):
         if len(labels[name]) != num:
             raise ValueError(f"{name} is told of {len(labels[name])} rows, and there are moments of {num}")
 

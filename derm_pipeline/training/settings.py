@@ -6,12 +6,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
+from derm_pipeline.captions.metadata import CaptionStyle
 from derm_pipeline.models.autoencoder import AutoencoderConfig
 from derm_pipeline.models.diffusion import Law, RectifiedFlow
 from derm_pipeline.models.dit import DiTConfig
 from derm_pipeline.models.generator import NetworkConfig
+from derm_pipeline.models.text_encoder import TextEncoderConfig
 from derm_pipeline.models.unet import UNetConfig
 from derm_pipeline.training.config import TrainingConfig
 from derm_pipeline.training.grids import GridConfig
@@ -32,6 +34,19 @@ class AutoencoderTraining(BaseModel):
     """Budget and optimiser."""
 
 
+class TextConditioning(BaseModel):
+    """Captions as a condition, by the embeddings of a pretrained text encoder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    encoder: TextEncoderConfig = TextEncoderConfig()
+    """Which text encoder."""
+    caption: Literal[CaptionStyle, "visual"] | None = None
+    """Which caption of an image is told; None is the training set's."""
+    mode: Literal["pooled", "cross"] = "cross"
+    """pooled: one vector, added to the other conditions; cross: each block attends to the caption's tokens too."""
+
+
 class GeneratorTraining(BaseModel):
     """What the training of any generator has in common."""
 
@@ -41,6 +56,9 @@ class GeneratorTraining(BaseModel):
     """Spread of the initial condition embeddings; the reference's 0.02 learns classes too slowly in a short budget."""
     conditions: tuple[Condition, ...] = ("diagnosis", "skin_type")
     """What the generator is told of an image."""
+    text: TextConditioning | None = None
+    """The caption as a further condition (a DiT's); None tells none. A prompt without a diagnosis, or the reverse, is
+    learnt where `condition_dropout_each` is above 0."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Chance that an example's conditions are all hidden, so that guidance has an unconditional prediction."""
     condition_dropout_each: float = Field(default=0.0, ge=0, lt=1)
@@ -62,14 +80,32 @@ class GeneratorTraining(BaseModel):
             raise ValueError(f"{list(conditions)} names {twice[0]} more than once")
         return conditions
 
-    def network(self, latent_size: int, channels: int, conditions: Mapping[str, int]) -> NetworkConfig:
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_told(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As ever where no text is told: artifacts and checkpoints of before text could be are found again."""
+        settings: dict[str, Any] = serialise(self)
+        if settings.get("text", ...) is None:
+            del settings["text"]
+        return settings
+
+    def network(
+        self, latent_size: int, channels: int, conditions: Mapping[str, int], text_width: int = 0
+    ) -> NetworkConfig:
         """The network for latents (channels, latent_size, latent_size) and conditions with so many classes.
+
+        `text_width` is the features of a text token's embedding, where text is told.
 
         Raises:
             ValueError: it does not fit; the message says what would.
         """
         learn_sigma = self.law.kind == "ddpm" and self.law.learned_variance
         common = {"latent_size": latent_size, "channels": channels, "conditions": dict(conditions)}
+        if self.text is not None:
+            common |= {
+                "text_tokens": self.text.encoder.max_tokens,
+                "text_width": text_width,
+                "text_mode": self.text.mode,
+            }
         return self._shape(common | {"learn_sigma": learn_sigma, "condition_init_std": self.condition_init_std})
 
     @abstractmethod
@@ -114,6 +150,12 @@ class UNetTraining(GeneratorTraining):
     """Features of an attention head."""
     norm_groups: int = Field(default=32, ge=1)
     """Groups of the group normalisation."""
+
+    @field_validator("text")
+    @classmethod
+    def _is_told_no_text(cls, text: TextConditioning | None) -> None:
+        if text is not None:
+            raise ValueError("a U-Net is told no text: leave text out, or take kind: dit")
 
     def _shape(self, common: dict[str, Any]) -> UNetConfig:
         own = self.model_dump(include={"widths", "layers", "attention_levels", "head_size", "norm_groups"})

@@ -112,6 +112,19 @@ def test_a_pretrained_autoencoder_is_asked_for_its_real_downsampling(refused, tm
     assert "get them again" in line
 
 
+def test_a_text_encoder_is_looked_for_and_asked_how_many_tokens_it_takes(refused, tmp_path):
+    from derm_pipeline.models.tiny import write_tiny_clip_text
+
+    said = refused("generator: {text: {encoder: {model: ./no/such/folder}}}")
+    assert "recipe own: generator.text.encoder.model: the text encoder is looked for in the folder" in said
+    clip = write_tiny_clip_text(tmp_path / "clip")
+    said = refused(f"generator: {{text: {{encoder: {{model: {clip}, max_tokens: 120}}}}}}")
+    assert "recipe own: generator.text.encoder: " in said
+    assert "takes 77 tokens at most, and max_tokens is 120" in said
+    said = refused(f"generator: {{width: 32768, depth: 100, heads: 64, text: {{encoder: {{model: {clip}}}}}}}")
+    assert "take a smaller network" in said
+
+
 def test_a_batch_is_tried_on_made_up_examples_and_refused_with_one_that_fits(refused, monkeypatch):
     asked = []
 

@@ -22,7 +22,7 @@ GRAPH = {
     "splits": {"records"},
     "training_set": {"records", "hair", "metadata_captions", "visual_captions", "splits"},
     "evaluation_set": {"records", "splits"},
-    "validation_set": {"records", "splits"},
+    "validation_set": {"records", "metadata_captions", "visual_captions", "splits"},
     "autoencoder": {"training_set", "validation_set"},
     "latents": {"training_set", "validation_set", "autoencoder"},
     "generator": {"training_set", "validation_set", "latents"},
@@ -127,7 +127,7 @@ def test_the_checks_are_there_and_block_where_they_must(definitions):
 
 
 def test_sources_and_recipes_are_partitions_and_every_recipe_is_a_job(definitions, specs, workspace):
-    gpu = ["dit", "dit_b", "dit_scin", "dit_xl", "ldm", "ldm_scin"]
+    gpu = ["dit", "dit_b", "dit_scin", "dit_text", "dit_xl", "ldm", "ldm_scin"]
     recipes = sorted([*gpu, "ham10000", "ham10000_fast", "quickstart", "tiny"])
     assert sorted(workspace.recipe_files) == recipes
     keys = {

@@ -75,6 +75,23 @@ def test_settings_that_could_not_work_in_a_later_stage_are_refused_in_one_line(w
     assert "\n" not in str(refused.value)
 
 
+def test_a_recipe_that_tells_no_text_is_written_without_it(write):
+    """Its artifacts are found under the keys that they always had."""
+    for name in (name for name in recipe_files() if name != "dit_text"):
+        assert "text" not in load_recipe(name, recipe_files()).model_dump(mode="json")["generator"], name
+
+
+def test_captions_are_told_by_an_encoder_that_the_recipe_names(write):
+    files = write(
+        own="extends: dit_text\ngenerator: {text: {encoder: {model: some/t5, max_tokens: 120}, mode: pooled}}\n",
+        none="extends: dit_text\ngenerator: {text: null}\n",
+    )
+    own, shipped = load_recipe("own", files), load_recipe("dit_text", files)
+    assert (own.generator.text.encoder.model, own.generator.text.mode) == ("some/t5", "pooled")
+    assert (shipped.generator.text.encoder.max_tokens, shipped.generator.text.mode) == (77, "cross")
+    assert load_recipe("none", files).generator.text is None
+
+
 def test_guidance_may_go_by_conditions_that_are_hidden_one_by_one(write):
     files = write(own="extends: quickstart\ngenerator: {condition_dropout: 0, condition_dropout_each: 0.2}\n")
     assert load_recipe("own", files).generator.condition_dropout == 0
@@ -154,7 +171,7 @@ def test_bytes_that_are_no_text_are_named_with_their_file(tmp_path):
 
 
 def test_an_unknown_recipe_is_an_error_that_names_those_there_are():
-    with pytest.raises(RecipeError, match=r"'nothing' is not a recipe; there are dit, dit_b, dit_scin, dit_xl, ham1"):
+    with pytest.raises(RecipeError, match=r"'nothing' is not a recipe; there are dit, dit_b, dit_scin, dit_text, dit"):
         load_recipe("nothing", recipe_files())
 
 
@@ -193,11 +210,12 @@ def test_a_shipped_recipe_fits_its_autoencoder_and_has_the_number_of_weights_tha
     classes = {"diagnosis": 7, "skin_type": 6}
     told = {condition: classes[condition] for condition in recipe.generator.conditions}
     with torch.device("meta"):
-        network = build_network(recipe.generator.network(recipe.latents.size_px // downsampling, channels, told))
+        side = recipe.latents.size_px // downsampling
+        network = build_network(recipe.generator.network(side, channels, told, text_width=768))  # CLIP ViT-L/14's
     num_weights = sum(tensor.numel() for tensor in network.state_dict().values())
     said = re.findall(r"([\d.]+) M weights", text)
     assert said == [f"{num_weights / 1e6:.1f}"] * len(said)
-    assert said or name not in ("quickstart", "dit", "dit_b", "dit_scin", "dit_xl", "ldm")
+    assert said or name not in ("quickstart", "dit", "dit_b", "dit_scin", "dit_text", "dit_xl", "ldm")
 
 
 @pytest.mark.parametrize("name", ["dit_scin", "ldm_scin"])

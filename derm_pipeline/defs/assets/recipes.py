@@ -61,7 +61,12 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
 
     @dg.asset(
         partitions_def=recipes,
-        deps=[of_source("records"), of_sources["splits"]],
+        deps=[
+            of_source("records"),
+            of_source("metadata_captions"),  # read where a generator is told captions
+            of_source("visual_captions"),
+            of_sources["splits"],
+        ],
         group_name="3_splits",
         kinds={"parquet"},
         owners=OWNERS,
@@ -108,7 +113,10 @@ def recipe_assets(workspace: Workspace, of_sources: Mapping[str, Asset]) -> list
     def latents(
         context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace], shower: dg.ResourceParam[Shower]
     ) -> dg.MaterializeResult:
-        """Moments of every training image in every orientation, in shards; apart from them, those of val images."""
+        """Moments of every training image in every orientation, in shards; apart from them, those of val images.
+
+        And embeddings of captions, where the generator is told text.
+        """
         artifact = generator.latents(workspace, context.partition_key, progress(context, shower).count)
         problems = summary.non_finite_moments(artifact)
         return materialised(artifact, checks=[check("moments_are_finite", problems, blocking=True)])

@@ -36,10 +36,11 @@ class _Bound(NamedTuple):
 
 
 class _Latent(NamedTuple):
-    """What the autoencoder makes of an image."""
+    """What the autoencoder makes of an image, and the text encoder of a token."""
 
     downsampling: int
     channels: int
+    text_width: int = 0
 
 
 def check_beforehand(workspace: Workspace, name: str) -> None:
@@ -48,8 +49,9 @@ def check_beforehand(workspace: Workspace, name: str) -> None:
     A stage whose artifact is made with the recipe's settings is not asked about: it will be found.
 
     Raises:
-        ValueError: too little memory or disk, or a pretrained autoencoder that does not fit; names what to change.
-        FileNotFoundError: the pretrained autoencoder is not there.
+        ValueError: too little memory or disk, or a pretrained autoencoder or text encoder that does not fit; names
+            what to change.
+        FileNotFoundError: the pretrained autoencoder or text encoder is not there.
     """
     recipe = workspace.recipe(name)
     stages = [stage for stage in _STAGES if not _is_made(workspace, recipe, stage)]
@@ -69,7 +71,7 @@ def check_recipe(recipe: Recipe, store: Path, stages: tuple[str, ...] | list[str
 
     latent = _latent_of(recipe)
     try:
-        check_network(recipe, *latent)
+        check_network(recipe, latent.downsampling, latent.channels)
     except ValueError as error:
         raise ValueError(f"recipe {recipe.name}: {error}") from error
     asked = (*stages, "latents")
@@ -135,11 +137,11 @@ def _is_made(workspace: Workspace, recipe: Recipe, stage: str) -> bool:
 
 
 def _latent_of(recipe: Recipe) -> _Latent:
-    """The shape that the autoencoder gives; a pretrained one's as its files say.
+    """The shape that the autoencoder gives, and the text encoder; those of pretrained ones as their files say.
 
     Raises:
         FileNotFoundError: they are not there.
-        ValueError: they are no autoencoder of images.
+        ValueError: they are no autoencoder of images, or no encoder of texts so long.
     """
     import torch
 
@@ -147,14 +149,26 @@ def _latent_of(recipe: Recipe) -> _Latent:
 
     choice = recipe.autoencoder
     if not isinstance(choice, PretrainedVaeConfig):
-        return _Latent(choice.network.downsampling, choice.network.latent_channels)
+        return _Latent(choice.network.downsampling, choice.network.latent_channels, _text_width_of(recipe))
     try:
         found = load_pretrained_vae(choice, torch.device("cpu")).config
     except FileNotFoundError as error:
         raise FileNotFoundError(f"recipe {recipe.name}: autoencoder.model: {error}") from error
     except ValueError as error:
         raise ValueError(f"recipe {recipe.name}: autoencoder.model: {error}") from error
-    return _Latent(found.downsampling, found.latent_channels)
+    return _Latent(found.downsampling, found.latent_channels, _text_width_of(recipe))
+
+
+def _text_width_of(recipe: Recipe) -> int:
+    from derm_pipeline.models.text_encoder import text_width
+
+    text = recipe.generator.text
+    try:
+        return 0 if text is None else text_width(text.encoder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"recipe {recipe.name}: generator.text.encoder.model: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe.name}: generator.text.encoder: {error}") from error
 
 
 def _bounds(recipe: Recipe, latent: _Latent, store: Path) -> Iterator[_Bound]:
@@ -189,7 +203,8 @@ def _weights_of(recipe: Recipe, latent: _Latent) -> dict[str, int]:
     from derm_pipeline.training.settings import AutoencoderTraining
 
     conditions: dict[str, int] = dict.fromkeys(recipe.generator.conditions, 10)
-    shape = recipe.generator.network(recipe.latents.size_px // latent.downsampling, latent.channels, conditions)
+    side = recipe.latents.size_px // latent.downsampling
+    shape = recipe.generator.network(side, latent.channels, conditions, text_width=latent.text_width)
     networks: dict[str, nn.Module] = {}
     with torch.device("meta"):  # takes no memory
         if isinstance(recipe.autoencoder, AutoencoderTraining):
@@ -226,7 +241,7 @@ def _rehearse(recipe: Recipe, latent: _Latent, stages: tuple[str, ...] | list[st
     for stage in stages:
         try:
             if stage == "generator":
-                rehearse_generator(recipe.generator, size_px // latent.downsampling, latent.channels)
+                rehearse_generator(recipe.generator, size_px // latent.downsampling, latent.channels, latent.text_width)
             if stage == "autoencoder" and isinstance(recipe.autoencoder, AutoencoderTraining):
                 rehearse_autoencoder(recipe.autoencoder, size_px)
         except ValueError as error:

@@ -22,10 +22,19 @@ def autoencoder_of(store: Store, generator: Artifact) -> Reference:
     Raises:
         StoreError: its latents are no longer in the store.
     """
+    return latents_of(store, generator).manifest.inputs["autoencoder"]
+
+
+def latents_of(store: Store, generator: Artifact) -> Artifact:
+    """The latents that the generator learnt.
+
+    Raises:
+        StoreError: they are no longer in the store.
+    """
     latents = store.get(generator.manifest.inputs["latents"])
     if latents is None:
         raise StoreError(f"the latents of {generator.reference} are not in {store.root} any more: run the recipe again")
-    return latents.manifest.inputs["autoencoder"]
+    return latents
 
 
 def labels_of(table: pa.Table, classes: Classes) -> dict[str, Tensor]:

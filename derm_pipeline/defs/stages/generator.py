@@ -11,6 +11,13 @@ from derm_pipeline.defs.stages.beforehand import check_conditions, check_recipe,
 from derm_pipeline.defs.stages.data import image_files
 from derm_pipeline.defs.stages.fitting import autoencoder_of, labels_of, train_counts
 from derm_pipeline.defs.stages.sets import TRAINING_SET, VALIDATION_SET, pixel_inputs, square_reader, squares
+from derm_pipeline.defs.stages.texts import (
+    embed_captions,
+    embeddings_of,
+    requests_in_words,
+    text_rows,
+    text_settings,
+)
 from derm_pipeline.defs.stages.watching import (
     VALIDATION,
     event_folder,
@@ -117,7 +124,10 @@ def _pixel_settings(config: LatentConfig) -> dict[str, object]:
 
 
 def latents(workspace: Workspace, name: str, on_progress: OnProgress | None = None) -> Artifact:
-    """The moments of the training set, in every orientation; apart from them, those of the validation set."""
+    """The moments of the training set, in every orientation; apart from them, those of the validation set.
+
+    And the embeddings of their captions, where the generator is told text.
+    """
     recipe, store = workspace.recipe(name), workspace.store
     used = {asset: store.current(asset, name) for asset in ("training_set", "validation_set", "autoencoder")}
     rows, held_out, encoder = used.values()
@@ -125,7 +135,7 @@ def latents(workspace: Workspace, name: str, on_progress: OnProgress | None = No
     settings = {
         "latents": recipe.latents.model_dump(mode="json"),
         "remove_hair": recipe.training_set.remove_hair,
-    }
+    } | text_settings(recipe)
     request = Request("latents", name, inputs, settings, CODE_VERSIONS["latents"])
 
     def make(build: Build) -> None:
@@ -167,6 +177,7 @@ def latents(workspace: Workspace, name: str, on_progress: OnProgress | None = No
         )
         if watched.num_rows:
             encode_rows(watched, VALIDATION, None)
+        embed_captions(build, recipe, [rows.table(TRAINING_SET), watched], on_progress)
 
     return store.obtain(request, make)
 
@@ -204,7 +215,9 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
         digests, tensors = open_moments(moments.directory)
         if digests != table["sha256"].to_pylist():
             raise ValueError(f"the latents of {name} are not those of its training set: materialise latents again")
-        watched, labels = held_out.table(VALIDATION_SET), labels_of(table, classes)
+        watched, text = held_out.table(VALIDATION_SET), embeddings_of(moments)
+        labels = labels_of(table, classes) | text_rows(text, table)
+        watched_labels = labels_of(watched, classes) | text_rows(text, watched)
         watched_moments = validation_moments(moments, watched)
         with stop_on_signal() as stop_when:
             spec, model, trained = train_generator(
@@ -213,9 +226,10 @@ def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) ->
                 classes,
                 recipe.generator,
                 work=build.work,
-                held_out=None if watched_moments is None else (watched_moments, labels_of(watched, classes)),
+                text=text,
+                held_out=None if watched_moments is None else (watched_moments, watched_labels),
                 on_progress=on_step,
-                on_samples=grid_writer(build, recipe.generator, labels, moments, workspace),
+                on_samples=grid_writer(build, recipe.generator, labels, text, moments, workspace),
                 stop_when=stop_when,
                 tensorboard=event_folder(workspace, name, "generator"),
             )
@@ -263,13 +277,15 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
         config = recipe.synthetic_dataset
         spec = GeneratorSpec.load(used["generator"].directory)
         learnt = used["training_set"].table(TRAINING_SET)
-        requests = plan_samples(config, canonical(learnt["diagnosis"].to_pylist()), train_counts(learnt))
+        planned = plan_samples(config, canonical(learnt["diagnosis"].to_pylist()), train_counts(learnt))
+        requests, embed_text = requests_in_words(store, used["generator"], planned)
         images = draw_samples(
             requests,
             config,
             generator=used["generator"].directory,
             autoencoder=used["autoencoder"].directory,
             work=build.work,
+            embed_text=embed_text,
             on_progress=on_progress,
         )
         metadata = write_dataset(
@@ -288,7 +304,7 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
         unseen = num_unseen(requests, spec)
         card = dataset_card(name, requests, licences=licences, size_px=images.shape[1], num_unseen=unseen)
         build.write_bytes("README.md", card.encode())
-        asked = [request.diagnosis.value for request in requests]
+        asked = metadata["diagnosis"].to_pylist()
         build.counts.update(
             num_samples=len(requests),
             num_in_cells_without_a_training_image=unseen,

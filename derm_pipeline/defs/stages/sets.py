@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 TRAINING_SET, EVALUATION_SET = "training_set.parquet", "evaluation_set.parquet"
 VALIDATION_SET = "validation_set.parquet"
+TOLD = "told"
+"""Column of the caption that a generator is told of an image, there where one is."""
 
 CODE_VERSIONS = {"training_set": "1", "validation_set": "1", "evaluation_set": "1"}
 """Raised when a stage's result changes for the same inputs and settings; then that stage alone is made again."""
@@ -38,20 +41,15 @@ def training_set(workspace: Workspace, name: str) -> Artifact:
 
     recipe, store = workspace.recipe(name), workspace.store
     style = recipe.training_set.caption
-    asset, column = ("visual_captions", "text") if style == "visual" else ("metadata_captions", style)
-    captions = {source: store.current(asset, source) for source in recipe.sources}
-    inputs = _inputs_by_source(workspace, recipe, "records") | {
-        f"{asset}/{source}": artifact.reference for source, artifact in captions.items()
-    }
+    captions, told = _captions(workspace, recipe, style), _told_captions(workspace, recipe)
+    inputs = _inputs_by_source(workspace, recipe, "records") | captions.inputs | told.inputs
     inputs["splits"] = store.current("splits").reference
-    settings = _selection_settings(recipe) | {"caption": style}
+    settings = _selection_settings(recipe) | {"caption": style} | told.settings
     request = Request("training_set", name, inputs, settings, CODE_VERSIONS["training_set"])
 
     def make(build: Build) -> None:
-        names = ["source", "image_id", column]
-        texts = pa.concat_tables(artifact.table(CAPTIONS, names) for artifact in captions.values())
         selected = rows_of(workspace, recipe, Split.TRAIN)
-        rows = with_captions(selected.rows, texts.rename_columns(["source", "image_id", "text"]))
+        rows = told.added_to(with_captions(selected.rows, captions.table()))
         check_conditions(recipe, rows)
         build.write_table(TRAINING_SET, rows)
         build.counts.update(
@@ -110,7 +108,9 @@ def validation_set(workspace: Workspace, name: str) -> Artifact:
     recipe, store = workspace.recipe(name), workspace.store
     inputs = _inputs_by_source(workspace, recipe, "records")
     inputs["splits"] = store.current("splits").reference
-    settings = _selection_settings(recipe) | {"most": MOST_VALIDATED}
+    told = _told_captions(workspace, recipe)
+    inputs |= told.inputs
+    settings = _selection_settings(recipe) | {"most": MOST_VALIDATED} | told.settings
     request = Request("validation_set", name, inputs, settings, CODE_VERSIONS["validation_set"])
 
     def make(build: Build) -> None:
@@ -118,11 +118,62 @@ def validation_set(workspace: Workspace, name: str) -> Artifact:
         rows = rows_of(workspace, recipe, Split.VAL, learnt).rows
         digests = rows["sha256"].to_pylist()
         chosen = sorted(sorted(range(len(digests)), key=digests.__getitem__)[:MOST_VALIDATED])
-        rows = rows.take(pa.array(chosen, pa.int64()))
+        rows = told.added_to(rows.take(pa.array(chosen, pa.int64())))
         build.write_table(VALIDATION_SET, rows)
         build.counts.update(num_images=rows.num_rows, num_val=len(digests), diagnoses=diagnosis_counts(rows))
 
     return store.obtain(request, make)
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """The captions of a style, of all images of a recipe's sources; of no style, none."""
+
+    style: str | None
+    artifacts: Mapping[str, Artifact]
+    """By source."""
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        """The asset that holds them, and the column in it."""
+        return ("visual_captions", "text") if self.style == "visual" else ("metadata_captions", str(self.style))
+
+    @property
+    def inputs(self) -> dict[str, Reference]:
+        return {f"{self._place[0]}/{source}": artifact.reference for source, artifact in self.artifacts.items()}
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What rows to which they were added as what is told depend on."""
+        return {} if self.style is None else {TOLD: self.style}
+
+    def table(self) -> pa.Table:
+        """source, image_id, text."""
+        names = ["source", "image_id", self._place[1]]
+        texts = pa.concat_tables(artifact.table(CAPTIONS, names) for artifact in self.artifacts.values())
+        return texts.rename_columns(["source", "image_id", "text"])
+
+    def added_to(self, rows: pa.Table) -> pa.Table:
+        """The rows with a column of what is told, where there are any."""
+        from derm_pipeline.training.training_set import with_captions
+
+        if self.style is None:
+            return rows
+        found = with_captions(rows, self.table())["text"] if rows.num_rows else pa.array([], pa.string())
+        return rows.append_column(TOLD, found)
+
+
+def _captions(workspace: Workspace, recipe: Recipe, style: str) -> _Captions:
+    asset = "visual_captions" if style == "visual" else "metadata_captions"
+    return _Captions(style, {source: workspace.store.current(asset, source) for source in recipe.sources})
+
+
+def _told_captions(workspace: Workspace, recipe: Recipe) -> _Captions:
+    """Those that the recipe's generator is told; none by most recipes."""
+    text = recipe.generator.text
+    if text is None:
+        return _Captions(None, {})
+    return _captions(workspace, recipe, text.caption or recipe.training_set.caption)
 
 
 def _inputs_by_source(workspace: Workspace, recipe: Recipe, asset: str) -> dict[str, Reference]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from derm_pipeline.defs.workspace import Workspace
-    from derm_pipeline.latents import Moments
+    from derm_pipeline.latents import Embeddings, Moments
     from derm_pipeline.models.generator import GeneratorSpec, Network
     from derm_pipeline.recipes.model import Recipe
     from derm_pipeline.training.config import TrainingConfig
@@ -81,7 +81,12 @@ def write_losses(build: Build, trained: Trained | None, config: TrainingConfig |
 
 
 def grid_writer(
-    build: Build, config: GeneratorTraining, labels: Mapping[str, Tensor], latents: Artifact, workspace: Workspace
+    build: Build,
+    config: GeneratorTraining,
+    labels: Mapping[str, Tensor],
+    text: Embeddings | None,
+    latents: Artifact,
+    workspace: Workspace,
 ) -> OnGrid | None:
     """A function that draws samples of a generator in training and keeps the picture; None where none is asked for.
 
@@ -90,6 +95,7 @@ def grid_writer(
     """
     if config.grid is None:
         return None
+    from derm_pipeline.models.conditions import TEXT
     from derm_pipeline.models.generator import load_autoencoder
     from derm_pipeline.models.runtime import join_processes
     from derm_pipeline.training.grids import draw_grid, told_in_grid
@@ -98,7 +104,9 @@ def grid_writer(
     encoder = workspace.store.get(reference)
     if encoder is None:
         raise StoreError(f"{reference}, whose latents these are, is no longer in the store: run the recipe again")
-    told = told_in_grid(labels, config.conditions, grid.num_each)
+    told = told_in_grid(labels, [*config.conditions, *([TEXT] if text else [])], grid.num_each)
+    if text is not None:
+        told |= text.gather(told[TEXT])
     decoder = load_autoencoder(encoder.directory, join_processes().device)
 
     def on_samples(step: int, model: Network, spec: GeneratorSpec) -> Pixels:
