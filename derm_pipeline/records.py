@@ -24,6 +24,8 @@ class Modality(StrEnum):
 class Diagnosis(StrEnum):
     """The canonical diagnoses: HAM10000's seven (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), then the others.
 
+    The last eight are the findings of Kvasir's endoscopic images, which Med-Art learns.
+
     The order is fixed and grows only at its end: classes of every classifier and generator are in this order. The
     source's own label stands beside it in every record (`source_label`); one without a place here gives no diagnosis.
 
@@ -76,6 +78,14 @@ class Diagnosis(StrEnum):
     VASCULITIS = "vasculitis"
     VITILIGO = "vitiligo"
     WART = "wart"
+    DYED_LIFTED_POLYPS = "dyed_lifted_polyps"
+    DYED_RESECTION_MARGINS = "dyed_resection_margins"
+    ESOPHAGITIS = "esophagitis"
+    NORMAL_CECUM = "normal_cecum"
+    NORMAL_PYLORUS = "normal_pylorus"
+    NORMAL_Z_LINE = "normal_z_line"
+    POLYPS = "polyps"
+    ULCERATIVE_COLITIS = "ulcerative_colitis"
 
     @property
     def phrase(self) -> str:
@@ -101,6 +111,7 @@ _PHRASES = {
     Diagnosis.KAPOSI_SARCOMA: "Kaposi sarcoma",
     Diagnosis.LUPUS: "lupus erythematosus",
     Diagnosis.MOLLUSCUM: "molluscum contagiosum",
+    Diagnosis.NORMAL_Z_LINE: "normal Z-line",
 }
 _MALIGNANT = {
     Diagnosis.AKIEC,

@@ -199,6 +199,7 @@ _DIAGNOSIS_PHRASES: dict[str, Iterable[Diagnosis]] = {
     r"keloids?": [D.KELOID],
     r"(?:warts?|verruca)": [D.WART],
     r"insect bites?": [D.INSECT_BITE],
+    r"polyps": [D.POLYPS, D.DYED_LIFTED_POLYPS],
 }
 _DIAGNOSES = _Vocabulary.of(
     {re.escape(diagnosis.phrase): [diagnosis] for diagnosis in Diagnosis}

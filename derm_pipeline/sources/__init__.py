@@ -6,6 +6,7 @@ from derm_pipeline.sources.ddi import Ddi
 from derm_pipeline.sources.fitzpatrick17k import Fitzpatrick17k, FitzSubset
 from derm_pipeline.sources.ham10000 import Ham10000
 from derm_pipeline.sources.isic import Isic2018Test, Isic2019, Isic2020
+from derm_pipeline.sources.kvasir import KVASIR
 from derm_pipeline.sources.pad_ufes20 import PadUfes20
 from derm_pipeline.sources.phantom import PhantomSource
 from derm_pipeline.sources.scin import Scin
@@ -22,6 +23,7 @@ SOURCES: dict[str, Source] = {
     "fitz_subset": FitzSubset(),
     "ddi": Ddi(),
     "pad_ufes20": PadUfes20(),
+    "kvasir": KVASIR,
 }
 """Every shipped source by its name; the user's own come from `sources.yaml` in the data folder (see `own`)."""
 

@@ -1,15 +1,16 @@
 """The user's own sources: `sources.yaml` in the data folder, a mapping of names.
 
-    kvasir:
+    clinic:
       kind: imagefolder
-      path: /data/kvasir            # or relative to the data folder; left out: <raw>/kvasir
+      path: /data/clinic            # or relative to the data folder; left out: <raw>/clinic
       licence: CC BY 4.0
-      modality: endoscopic
-      diagnoses: {polyps: null}
+      modality: clinical
+      diagnoses: {naevus: nv, other: null}
     our_ham:
       kind: ham10000                # any shipped source: its layout, in another folder and under another name
 
 `imagefolder` takes the settings of `ImageFolderConfig` beside these; the layout of a shipped source has no settings.
+A shipped `imagefolder` (kvasir) may be named too, which then takes its place and keeps its labels' meanings.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def own_sources(file: Path, kinds: Mapping[str, Source]) -> dict[str, OwnSource]
 
     Args:
         file: `sources.yaml`.
-        kinds: the shipped sources by name, whose layouts may be used and whose names may not.
+        kinds: the shipped sources by name, whose layouts may be used and whose names may not, but for imagefolders.
 
     Raises:
         ValueError: naming the file, the key and what is allowed there.
@@ -149,7 +150,8 @@ def _own(file: Path, name: Any, settings: Any, kinds: Mapping[str, Source]) -> O
         raise ValueError(
             f"{file}: {name!r}: a source's name is of a to z, 0 to 9 and _ (at most 64), and begins with a letter"
         )
-    if name in kinds or name == IMAGEFOLDER:
+    shipped = kinds.get(name)
+    if (shipped is not None and not isinstance(shipped, ImageFolder)) or name == IMAGEFOLDER:
         raise ValueError(f"{file}: {name}: is the name of a shipped source or kind; choose another")
     allowed = ", ".join((IMAGEFOLDER, *kinds))
     if not isinstance(settings, dict):
@@ -165,12 +167,15 @@ def _own(file: Path, name: Any, settings: Any, kinds: Mapping[str, Source]) -> O
         raise ValueError(_explain(error, file, name, kind, model)) from error
     path = None if entry.path is None else Path(entry.path)
     if isinstance(entry, _ImageFolderEntry):
-        return OwnSource(_image_folder(name, entry), path)
+        return OwnSource(_image_folder(name, entry, shipped), path)
     return OwnSource(_renamed(kinds[kind], name, entry), path)
 
 
-def _image_folder(name: str, entry: _ImageFolderEntry) -> ImageFolder:
+def _image_folder(name: str, entry: _ImageFolderEntry, shipped: Source | None) -> ImageFolder:
     settings = ImageFolderConfig.model_validate({key: getattr(entry, key) for key in ImageFolderConfig.model_fields})
+    if isinstance(shipped, ImageFolder):  # whose place it takes: its labels go on meaning what they did
+        known = shipped.settings.diagnoses | settings.diagnoses
+        settings = settings.model_copy(update={"diagnoses": known})
     return ImageFolder(
         name=name,
         title=entry.title or name,

@@ -9,7 +9,7 @@ import pytest
 
 from derm_pipeline.images import encode_jpeg
 from derm_pipeline.records import Diagnosis, Modality
-from derm_pipeline.sources import scan
+from derm_pipeline.sources import SOURCES, scan
 from derm_pipeline.sources.ham10000 import Ham10000
 from derm_pipeline.sources.imagefolder import ImageFolder
 from derm_pipeline.sources.own import own_sources
@@ -76,6 +76,16 @@ def test_a_shipped_layout_is_read_under_the_own_name(file, tmp_path):
     assert found.records["source"].to_pylist() == ["our_ham"]
     assert found.quarantined["source"].to_pylist() == ["our_ham"] * 2
     assert own.source.fingerprint(folder) == KINDS["ham10000"].fingerprint(folder)
+
+
+def test_an_imagefolder_of_a_shipped_name_takes_its_place_and_keeps_what_labels_mean(file):
+    file.write_text(
+        "kvasir: {kind: imagefolder, path: /data/k, licence: ours, diagnoses: {Polyps: null, wart: wart}}\n"
+    )
+    own = own_sources(file, SOURCES)["kvasir"]
+    assert (own.path, own.source.licence) == (Path("/data/k"), "ours")
+    shipped = SOURCES["kvasir"].settings.diagnoses
+    assert own.source.settings.diagnoses == shipped | {"polyps": None, "wart": Diagnosis.WART}
 
 
 @pytest.mark.parametrize("text", [None, "", "# nothing yet\n"])
