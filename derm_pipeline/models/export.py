@@ -260,5 +260,10 @@ def _usage(contents: Contents, form: Form, base: str) -> str:
         lines.append(f'pipeline.load_lora_weights(".", weight_name="{file}")')
     code = "\n".join(lines)
     dora = any(lora.dora for lora in contents.loras.values())
-    note = "DoRA's magnitudes are `dora_scale`, as LyCORIS has them; diffusers leaves them out.\n" if dora else ""
+    note = (
+        "This is DoRA: its magnitudes are `dora_scale`, one an output. **diffusers leaves them out and draws something "
+        "else**, and other programs may; export as peft or diffusers for what the generator draws.\n"
+        if dora
+        else ""
+    )
     return f"```python\n{code}\n```\n" + (note if form == "kohya" else "")

@@ -46,7 +46,7 @@ _ENDINGS = {
     ".lora_up.weight": "up",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
-    ".dora_scale": "magnitude",
+    ".dora_scale": "scale",
     ".alpha": "alpha",
 }
 """How a tensor's name ends, in all three forms, and what it is."""
@@ -323,15 +323,20 @@ def _given(alpha: float | str | None, where: str) -> float:
 
 
 def _magnitude(roles: Mapping[str, Tensor], where: str) -> Tensor | None:
-    """DoRA's, one number an output; the other orientation of LyCORIS is refused."""
-    found = roles.get("magnitude")
-    if found is None:
+    """DoRA's, one number an output.
+
+    LyCORIS can also learn one an input: (1, inputs), of a convolution (1, inputs, 1, 1). That is refused, and must be
+    told by the axis: where a layer has as many inputs as outputs, the numbers alone do not tell it.
+    """
+    num = roles["up"].shape[0]
+    shapes = {"magnitude": ((num,), (1, num, 1, 1)), "scale": ((num, 1), (num, 1, 1, 1))}
+    told = [role for role in shapes if role in roles]
+    if not told:
         return None
-    num_outputs = roles["up"].shape[0]
-    sizes = [size for size in found.shape if size != 1] or [1]
-    is_of_inputs = found.ndim > 1 and found.shape[0] == 1 and roles["down"].ndim == found.ndim == 2
-    if sizes != [num_outputs] or (is_of_inputs and num_outputs > 1):
-        raise ValueError(
-            f"{where} (magnitude) is {tuple(found.shape)}; one number for each of {num_outputs} outputs is read"
-        )
+    if len(told) > 1:
+        raise ValueError(f"{where} has DoRA's magnitudes in two forms")
+    found = roles[told[0]]
+    if tuple(found.shape) not in shapes[told[0]]:
+        wanted = " or ".join(map(str, shapes[told[0]]))
+        raise ValueError(f"{where} (magnitude) is {tuple(found.shape)}; one number for each output is read, {wanted}")
     return found.flatten()

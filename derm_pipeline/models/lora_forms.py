@@ -75,7 +75,8 @@ def save_kohya(
     """Write adapters as kohya's scripts do: `lora_unet_...`, `lora_te_...` or `lora_te1_...`, an alpha each.
 
     rsLoRA's scale is written as the alpha that gives it. DoRA's magnitudes are written as LyCORIS names them,
-    `dora_scale`: diffusers' pipelines leave them out with a warning, and kohya's own scripts do not know them. Of a
+    `dora_scale`, one an output (its `wd_on_output`): diffusers' pipelines leave them out with a warning, kohya's own
+    scripts do not know them, and other readers may divide by the base's norms, which draws something else. Of a
     text encoder's attention, diffusers reads this form only if `out_proj` is adapted, too.
 
     Args:

@@ -93,7 +93,7 @@ def network_of(module: Any) -> Network:
 def original_name(name: str, network: Network) -> str | None:
     """A layer of a U-Net by its original name, as kohya's scripts know SDXL's; None where it has none.
 
-    Source: the conversion map of sd-scripts (networks/lora.py, make_unet_conversion_map), for any number of blocks.
+    Source: sd-scripts, networks/lora_diffusers.py, make_unet_conversion_map; here for any number of blocks.
     """
     if name in _OUTSIDE:
         return _OUTSIDE[name]
@@ -120,12 +120,12 @@ def kohya_name(part: Part, name: str, network: Network, *, is_sdxl: bool) -> str
     """What kohya's scripts call a layer.
 
     Raises:
-        ValueError: a network that they have no names for.
+        ValueError: a network of another kind.
     """
     if part == "denoiser":
         if not network.is_unet:
             raise ValueError(
-                f"the kohya form has names for the U-Nets of Stable Diffusion only, and this is a {network.kind}: take "
+                f"the kohya form is written for the U-Nets of Stable Diffusion only, and this is a {network.kind}: take "
                 "peft or diffusers"
             )
         original = original_name(name, network) if is_sdxl else name
@@ -134,7 +134,7 @@ def kohya_name(part: Part, name: str, network: Network, *, is_sdxl: bool) -> str
         return "lora_unet_" + original.replace(".", "_")
     if not network.kind.startswith("CLIPTextModel"):
         raise ValueError(
-            f"the kohya form has names for CLIP only, and this is a {network.kind}: take peft or diffusers"
+            f"the kohya form is written for CLIP only, and this is a {network.kind}: take peft or diffusers"
         )
     prefix = "lora_te2_" if part == "text_encoder_2" else "lora_te1_" if is_sdxl else "lora_te_"
     return prefix + with_text_model(name).replace(".", "_")

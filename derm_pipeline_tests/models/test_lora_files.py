@@ -443,3 +443,20 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, tiny_pipelines):
         load_lora(tmp_path / "absent.safetensors", network)
     with pytest.raises(FileNotFoundError, match=f"neither adapter_model.safetensors nor {DIFFUSERS_WEIGHTS}"):
         load_lora(tmp_path, network)
+
+
+@pytest.mark.parametrize("is_conv", [False, True])
+@pytest.mark.parametrize("per_output", [False, True])
+def test_doras_scale_of_lycoris_is_read_by_its_axis_where_inputs_are_as_many_as_outputs(is_conv, per_output, tmp_path):
+    """One an input has the same numbers of a square layer, and means something else."""
+    ones, kernel = ((1, 1), (3, 3)) if is_conv else ((), ())
+    scale = torch.rand(6, 1, *ones) if per_output else torch.rand(1, 6, *ones)
+    tensors = {"lora_down.weight": torch.randn(2, 6, *kernel), "lora_up.weight": torch.randn(6, 2, *ones)}
+    tensors |= {"dora_scale": scale, "alpha": torch.tensor(2.0)}
+    path = tmp_path / "square.safetensors"
+    save_file({f"lora_unet_conv2.{name}": tensor for name, tensor in tensors.items()}, path)
+    if per_output:
+        assert torch.equal(read_lora(path).parts["denoiser"].layers["conv2"].magnitude, scale.flatten())
+        return
+    with pytest.raises(ValueError, match=r"conv2 \(magnitude\) is \(1, 6.*one number for each output is read"):
+        read_lora(path)
