@@ -125,8 +125,8 @@ def kohya_name(part: Part, name: str, network: Network, *, is_sdxl: bool) -> str
     if part == "denoiser":
         if not network.is_unet:
             raise ValueError(
-                f"the kohya form is written for the U-Nets of Stable Diffusion only, and this is a {network.kind}: take "
-                "peft or diffusers"
+                f"the kohya form is written for the U-Nets of Stable Diffusion only, and this is a {network.kind}: "
+                "take peft or diffusers"
             )
         original = original_name(name, network) if is_sdxl else name
         if original is None:
