@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from derm_pipeline.captions.known import Known
 from derm_pipeline.captions.visual import DescriptorConfig, listed
 from derm_pipeline.captions.wording import condition_or_unnamed, place
-from derm_pipeline.records import Diagnosis, Modality
+from derm_pipeline.records import Diagnosis, Modality, SkinTone
 
 CONDITIONS: Final[Mapping[Diagnosis, str]] = {
     Diagnosis.MEL: "Melanoma",
@@ -27,9 +27,11 @@ CONDITIONS: Final[Mapping[Diagnosis, str]] = {
 }
 """The seven conditions by LesionGen's names for them, in its order."""
 
-_SIZES_AND_TONES = (("small", "dark"), ("large", "light"), ("medium", "medium"))
-_GUIDANCES = (3.0, 5.0, 7.5, 10.0)
-_NUM_STEPS = (30, 50, 70, 100)
+_SIZES_AND_TONES = (("small", SkinTone.DARK), ("large", SkinTone.LIGHT), ("medium", SkinTone.MEDIUM))
+GUIDANCES: Final = (3.0, 5.0, 7.5, 10.0)
+"""The weights of guidance from which its data set draws."""
+NUM_STEPS: Final = (30, 50, 70, 100)
+"""The numbers of steps from which its data set draws."""
 
 _COLOURS = ("white", "pink", "red", "light_brown", "dark_brown", "blue_grey", "black")
 """The fields of `descriptors.Measurements` that hold colour fractions."""
@@ -64,8 +66,20 @@ class LesionGenPrompt(NamedTuple):
     num_steps: int
     """Number of denoising steps."""
 
+    @property
+    def tone(self) -> SkinTone:
+        """The skin tone that it asks for."""
+        return next(tone for size, tone in _SIZES_AND_TONES if self.text.endswith(_size_and_tone(size, tone)))
 
-def lesiongen_prompts(condition: str) -> list[LesionGenPrompt]:
+
+def condition_of(diagnosis: Diagnosis) -> str:
+    """A diagnosis as LesionGen would call it: one of `CONDITIONS`, else its words, with a capital letter."""
+    return CONDITIONS.get(diagnosis) or diagnosis.phrase[:1].upper() + diagnosis.phrase[1:]
+
+
+def lesiongen_prompts(
+    condition: str, guidances: Sequence[float] = GUIDANCES, num_steps: Sequence[int] = NUM_STEPS
+) -> list[LesionGenPrompt]:
     """The 48 combinations of 3 prompts, 4 guidance weights and 4 numbers of steps for a condition, in that order.
 
     Raises:
@@ -74,8 +88,17 @@ def lesiongen_prompts(condition: str) -> list[LesionGenPrompt]:
     condition = condition.strip()
     if not condition:
         raise ValueError("the condition is empty; name one, for example 'Melanoma'")
-    texts = [f"{condition} {size} size on a {tone} skin tone" for size, tone in _SIZES_AND_TONES]
-    return [LesionGenPrompt(*combination) for combination in itertools.product(texts, _GUIDANCES, _NUM_STEPS)]
+    texts = [f"{condition} {_size_and_tone(size, tone)}" for size, tone in _SIZES_AND_TONES]
+    return [LesionGenPrompt(*combination) for combination in itertools.product(texts, guidances, num_steps)]
+
+
+def lesiongen_single(condition: str) -> LesionGenPrompt:
+    """What LesionGen draws where one image of a condition is asked for: small, on dark skin."""
+    return LesionGenPrompt(lesiongen_prompts(condition)[0].text, guidance=7.5, num_steps=50)
+
+
+def _size_and_tone(size: str, tone: SkinTone) -> str:
+    return f"{size} size on a {tone} skin tone"
 
 
 def lesiongen_caption(

@@ -1,11 +1,11 @@
 """Prompts x seeds -> images, with one provenance row each. Sample i depends on its own seed and conditions only.
 
-`plan`: which samples. `texts`: what each is told in words. `drawing`: pixels, batch by batch, resumable. `files`,
-`arrays`: what is written. `folder`: all of it, for `derm generate`.
+`plan`, `prompt_plans`: which samples. `texts`: what each is told in words. `drawing`: pixels, batch by batch,
+resumable. `files`, `arrays`: what is written. `tones`: what came out. `folder`: all of it, for `derm generate`.
 """
 
 from derm_pipeline.generation.arrays import write_grid, write_npz
-from derm_pipeline.generation.drawing import check_requests, draw_batches, draw_samples
+from derm_pipeline.generation.drawing import check_requests, draw_batches, draw_samples, in_order
 from derm_pipeline.generation.files import (
     captions_of,
     dataset_card,
@@ -18,10 +18,14 @@ from derm_pipeline.generation.files import (
     write_shards,
 )
 from derm_pipeline.generation.folder import OutputFormat, generate_folder, name_of, request_of
+from derm_pipeline.generation.origins import Begun, OriginImages, ReadOrigin
 from derm_pipeline.generation.plan import (
     Cell,
     ImageFormat,
+    Origin,
+    Prompting,
     SampleRequest,
+    Sampling,
     SamplingConfig,
     diagnosis_called,
     num_train_images,
@@ -30,14 +34,42 @@ from derm_pipeline.generation.plan import (
     requests_of_cells,
     sample_seed,
 )
+from derm_pipeline.generation.prompt_plans import (
+    AnySampling,
+    CaptionSampling,
+    Img2ImgSampling,
+    LesionGenSampling,
+    Prompt,
+    PromptListSampling,
+    PromptSampling,
+    TrainingImage,
+    plan_requests,
+)
 from derm_pipeline.generation.texts import caption_requests, text_of_requests
+from derm_pipeline.generation.told import EmbedText
+from derm_pipeline.generation.tones import tone_counts
 
 __all__ = [
+    "AnySampling",
+    "Begun",
+    "CaptionSampling",
     "Cell",
+    "EmbedText",
     "ImageFormat",
+    "Img2ImgSampling",
+    "LesionGenSampling",
+    "Origin",
+    "OriginImages",
     "OutputFormat",
+    "Prompt",
+    "PromptListSampling",
+    "PromptSampling",
+    "Prompting",
+    "ReadOrigin",
     "SampleRequest",
+    "Sampling",
     "SamplingConfig",
+    "TrainingImage",
     "caption_requests",
     "captions_of",
     "check_requests",
@@ -49,9 +81,11 @@ __all__ = [
     "encode_sample",
     "encoded",
     "generate_folder",
+    "in_order",
     "name_of",
     "num_train_images",
     "num_unseen",
+    "plan_requests",
     "plan_samples",
     "provenance_rows",
     "read_provenance",
@@ -59,6 +93,7 @@ __all__ = [
     "requests_of_cells",
     "sample_seed",
     "text_of_requests",
+    "tone_counts",
     "write_dataset",
     "write_grid",
     "write_npz",

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from derm_pipeline.generation.arrays import write_grid, write_npz
-from derm_pipeline.generation.drawing import EmbedText, OnProgress, draw_batches
+from derm_pipeline.generation.drawing import Batch, OnProgress, draw_batches, in_order
 from derm_pipeline.generation.files import (
     Row,
     dataset_card,
@@ -28,7 +28,10 @@ from derm_pipeline.generation.files import (
     provenance_rows,
     write_shards,
 )
-from derm_pipeline.generation.plan import SampleRequest, SamplingConfig, num_unseen
+from derm_pipeline.generation.origins import ReadOrigin
+from derm_pipeline.generation.plan import SampleRequest, Sampling, num_unseen
+from derm_pipeline.generation.told import EmbedText
+from derm_pipeline.generation.tones import measured_of, tone_counts
 from derm_pipeline.models.generator import GeneratorSpec
 from derm_pipeline.store import Artifact, digest_of_json, replacing, write_json, write_table
 
@@ -37,7 +40,7 @@ OutputFormat = Literal["png", "webp", "jpeg", "parquet", "npz", "grid"]
 
 REQUEST, METADATA, CARD = "request.json", "metadata.parquet", "README.md"
 _WORK, _LOCK = ".work", ".lock"
-_NOT_TOLD = {"plan", "num_samples", "skin_types", "batch_size", "image_format", "seed"}
+_TOLD = (set(Sampling.model_fields) - {"batch_size", "image_format", "seed"}) | {"spacing"}
 _MOST_IN_GRID = 2_500
 """A sheet is one picture in memory."""
 _SINGLE = {"npz": "samples.npz", "grid": "samples.png"}
@@ -45,7 +48,7 @@ _SINGLE = {"npz": "samples.npz", "grid": "samples.png"}
 
 def request_of(
     requests: Sequence[SampleRequest],
-    config: SamplingConfig,
+    config: Sampling,
     output: OutputFormat,
     *,
     recipe: str,
@@ -56,14 +59,14 @@ def request_of(
 
     Settings that change no sample are left out, and those that seeds, prompts and format tell already.
     """
-    settings = config.model_dump(mode="json", exclude=_NOT_TOLD)
+    settings = config.model_dump(mode="json", include=_TOLD)
     return {
         "recipe": recipe,
         "generator": generator.reference.model_dump(),
         "autoencoder": autoencoder.reference.model_dump(),
         "format": output,
         "settings": settings,
-        "samples": [[request.seed, request.prompt] for request in requests],
+        "samples": [request.identity for request in requests],
     }
 
 
@@ -76,7 +79,7 @@ def name_of(request: Mapping[str, Any]) -> str:
 def generate_folder(
     out: Path,
     requests: Sequence[SampleRequest],
-    config: SamplingConfig,
+    config: Sampling,
     output: OutputFormat,
     *,
     recipe: str,
@@ -85,6 +88,7 @@ def generate_folder(
     licences: Sequence[str],
     columns: int = 8,
     embed_text: EmbedText | None = None,
+    read_origin: ReadOrigin | None = None,
     on_progress: OnProgress | None = None,
 ) -> bool:
     """Draw samples into a folder; the same call again finishes what was interrupted, and then does nothing.
@@ -99,7 +103,8 @@ def generate_folder(
         autoencoder: Its autoencoder.
         licences: Those of the sources it was trained on.
         columns: Samples in a row of a grid.
-        embed_text: The text of each sample, for a generator that is told text.
+        embed_text: The text encoder, for a generator that is told text.
+        read_origin: The images that samples begin from, for requests that name one.
         on_progress: Called as (samples drawn, samples in all).
 
     Returns:
@@ -129,25 +134,30 @@ def generate_folder(
         if (out / METADATA).is_file():
             return False
         (out / _WORK).mkdir(exist_ok=True)
-        paths = draw_batches(
+        batches = draw_batches(
             requests,
             config,
             generator=generator.directory,
             autoencoder=autoencoder.directory,
             work=out / _WORK,
             embed_text=embed_text,
+            read_origin=read_origin,
             on_progress=on_progress,
         )
     with _locked(out, fcntl.LOCK_EX):  # one of them writes, when all have drawn
         if not (out / METADATA).is_file():
             spec = GeneratorSpec.load(generator.directory)
-            rows = _rows(requests, config, output, request, paths, spec)
-            _write(out, paths, rows, config, output, columns)
-            size_px = np.load(paths[0], mmap_mode="r", allow_pickle=False).shape[1]
-            walked = str(generator.reference)
-            unseen = num_unseen(requests, spec)
+            measured = measured_of(requests, chain.from_iterable(in_order(batches)), read_origin)
+            rows = _rows(requests, config, output, request, batches, spec, measured)
+            _write(out, batches, rows, config, output, columns)
             card = dataset_card(
-                recipe, requests, licences=licences, size_px=size_px, num_unseen=unseen, lineage_of=walked
+                recipe,
+                requests,
+                licences=licences,
+                size_px=np.load(batches[0].path, mmap_mode="r", allow_pickle=False).shape[2:0:-1],
+                num_unseen=num_unseen(requests, spec),
+                lineage_of=str(generator.reference),
+                tones=tone_counts(rows),
             )
             with replacing(out / CARD) as aside:
                 aside.write_text(card)
@@ -181,11 +191,12 @@ def _refuse_others(out: Path, request: Mapping[str, Any]) -> None:
 
 def _rows(
     requests: Sequence[SampleRequest],
-    config: SamplingConfig,
+    config: Sampling,
     output: OutputFormat,
     request: Mapping[str, Any],
-    paths: Sequence[Path],
+    drawn: Sequence[Batch],
     spec: GeneratorSpec,
+    measured: Sequence[Mapping[str, Any]] | None,
 ) -> list[dict[str, Any]]:
     recipe, name, single = request["recipe"], name_of(request), _SINGLE.get(output)
     return provenance_rows(
@@ -194,22 +205,23 @@ def _rows(
         recipe=recipe,
         generator_digest=request["generator"]["content_digest"],
         autoencoder_digest=request["autoencoder"]["content_digest"],
-        pixels=(digest_of_pixels(image) for path in paths for image in np.load(path, allow_pickle=False)),
+        pixels=(digest_of_pixels(image) for image in chain.from_iterable(in_order(drawn))),
         spec=spec,
         sample_ids=lambda one: f"{recipe}/{name}/{one.number:06d}",
         file_names=(lambda one: f"{single}#{one.number}") if single else None,
+        measured=measured,
     )
 
 
 def _write(
     out: Path,
-    paths: Sequence[Path],
+    drawn: Sequence[Batch],
     rows: Sequence[Row],
-    config: SamplingConfig,
+    config: Sampling,
     output: OutputFormat,
     columns: int,
 ) -> None:
-    batches = (np.load(path, allow_pickle=False) for path in paths)
+    batches = in_order(drawn)
     if output == "npz":
         write_npz(out / _SINGLE["npz"], batches, len(rows))
     elif output == "grid":

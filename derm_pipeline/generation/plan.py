@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from derm_pipeline.models.diffusion import Solver
 from derm_pipeline.models.generator import GeneratorSpec
 from derm_pipeline.models.runtime import Precision
-from derm_pipeline.records import Diagnosis, SkinType
+from derm_pipeline.records import Diagnosis, SkinTone, SkinType
 from derm_pipeline.store import digest_of_json
 
 Cell = tuple[Diagnosis, SkinType | None]
@@ -24,17 +24,11 @@ ImageFormat = Literal["png", "webp", "jpeg"]
 SUFFIXES: dict[ImageFormat, str] = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 
 
-class SamplingConfig(BaseModel):
-    """Which samples a recipe asks for, and how they are drawn."""
+class Sampling(BaseModel):
+    """How samples are drawn, whichever they are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    plan: Literal["balanced", "fill"] = "balanced"
-    """balanced: every diagnosis (and skin type) equally often; fill: more of what the training set has few of."""
-    num_samples: int = Field(default=700, ge=1)
-    """Samples in all."""
-    skin_types: tuple[SkinType, ...] = tuple(SkinType)
-    """Skin types to ask for; none where the generator is not told the skin type."""
     num_steps: int = Field(default=15, ge=1)
     """Evaluations of the network for a sample ("heun" takes nearly twice as many)."""
     solver: Solver = "dpm2m"
@@ -57,10 +51,49 @@ class SamplingConfig(BaseModel):
     """Quality of jpeg files, colours at full resolution."""
 
     @model_validator(mode="after")
-    def _interval_holds_a_level(self) -> SamplingConfig:
+    def _interval_holds_a_level(self) -> Self:
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
             raise ValueError(f"guidance_interval {self.guidance_interval} holds no noise level; give 0 <= low < high")
         return self
+
+
+class SamplingConfig(Sampling):
+    """Which samples a recipe asks for by their conditions, and how they are drawn."""
+
+    plan: Literal["balanced", "fill"] = "balanced"
+    """balanced: every diagnosis (and skin type) equally often; fill: more of what the training set has few of."""
+    num_samples: int = Field(default=700, ge=1)
+    """Samples in all."""
+    skin_types: tuple[SkinType, ...] = tuple(SkinType)
+    """Skin types to ask for; none where the generator is not told the skin type."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The image that a sample begins from: img2img."""
+
+    sha256: str
+    """Of the image's file."""
+    strength: float
+    """Part of the steps that is taken, the last ones, (0, 1]: see `models.diffusion.Start`."""
+    keeps_lesion: bool = False
+    """Whether its lesion stays as it is, so that the skin alone is drawn anew."""
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a sample is drawn that is asked for by a prompt; None is as the settings say."""
+
+    negative_prompt: str | None = None
+    """What guidance goes away from; None is the network's own null."""
+    guidance: float | None = None
+    num_steps: int | None = None
+    size_px: tuple[int, int] | None = None
+    """Width and height; None is the size that the generator learnt."""
+    origin: Origin | None = None
+    """The image that it begins from; None is pure noise."""
+    target_tone: SkinTone | None = None
+    """The skin tone that the prompt asks for."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +109,9 @@ class SampleRequest:
     """Other conditions and their values, as the generator calls them."""
     text: str | None = None
     """The caption that is told, of a generator that is told text."""
+    prompting: Prompting | None = None
+    """Where the text is a prompt, which alone says what is wanted: diagnosis and skin type label the sample, and are
+    told as classes only to a generator that is told classes beside the text."""
 
     def told(self, condition: str) -> str | None:
         """The value of a condition; None where nothing is told, which is its null class."""
@@ -87,7 +123,9 @@ class SampleRequest:
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What the generator is told by class, by name."""
+        """What the generator is told by class, by name; a prompt alone asks for no class."""
+        if self.prompting is not None:
+            return tuple(name for name, _ in self.further)
         diagnosis = ("diagnosis",) if self.diagnosis is not None else ()
         skin_type = ("skin_type",) if self.skin_type is not None else ()
         return (*diagnosis, *skin_type, *(name for name, _ in self.further))
@@ -95,8 +133,27 @@ class SampleRequest:
     @property
     def prompt(self) -> str:
         """What the generator is told, in full."""
+        if self.prompting is not None:
+            return self.text or ""
         told = [f"{name}={self.told(name)}" for name in self.conditions]
         return ", ".join([*told, *([f"text={self.text}"] if self.text is not None else [])])
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """What guidance goes away from; None is the network's own null."""
+        return self.prompting.negative_prompt if self.prompting else None
+
+    @property
+    def origin(self) -> Origin | None:
+        """The image that it begins from."""
+        return self.prompting.origin if self.prompting else None
+
+    @property
+    def identity(self) -> list[Any]:
+        """What its pixels follow from beside settings and weights, as JSON."""
+        if self.prompting is None:
+            return [self.seed, self.prompt]
+        return [self.seed, self.prompt, asdict(self.prompting), self.told("diagnosis"), self.told("skin_type")]
 
     @property
     def file_name(self) -> str:
@@ -105,6 +162,28 @@ class SampleRequest:
     def file_as(self, image_format: ImageFormat) -> str:
         """The file's name within its dataset."""
         return f"images/{self.number:06d}{SUFFIXES[image_format]}"
+
+
+class Manner(NamedTuple):
+    """What all samples of one batch must have in common."""
+
+    num_steps: int
+    guidance: float
+    size_px: tuple[int, int] | None
+    strength: float | None
+    """None where samples begin from noise."""
+    keeps_lesion: bool
+
+
+def manner_of(request: SampleRequest, config: Sampling) -> Manner:
+    """How a sample is drawn: as it says itself, else as the settings say."""
+    how, origin = request.prompting, request.origin
+    num_steps, guidance = config.num_steps, config.guidance
+    if how is not None:
+        num_steps = num_steps if how.num_steps is None else how.num_steps
+        guidance = guidance if how.guidance is None else how.guidance
+    strength, keeps = (None, False) if origin is None else (origin.strength, origin.keeps_lesion)
+    return Manner(num_steps, guidance, how.size_px if how else None, strength, keeps)
 
 
 def plan_samples(
@@ -188,7 +267,9 @@ def requests_of_cells(
 
 
 def num_train_images(request: SampleRequest, spec: GeneratorSpec) -> int | None:
-    """How many training images show all that a sample is told; None of a generator that does not say."""
+    """How many training images show all that a sample is told; None of a prompt, or a generator that does not say."""
+    if request.prompting is not None:
+        return None
     told = {name: request.told(name) for name in request.conditions}
     return spec.num_images(told) if spec.seen else None
 
@@ -199,7 +280,7 @@ def num_unseen(requests: Sequence[SampleRequest], spec: GeneratorSpec) -> int | 
     of_prompt = {request.prompt: request for request in requests}
     if not spec.seen:
         return None
-    return sum(prompts[prompt] for prompt, request in of_prompt.items() if not num_train_images(request, spec))
+    return sum(prompts[prompt] for prompt, request in of_prompt.items() if num_train_images(request, spec) == 0)
 
 
 def diagnosis_called(words: str, known: Sequence[Diagnosis]) -> Diagnosis:

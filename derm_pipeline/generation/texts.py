@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from derm_pipeline.captions.metadata import CaptionStyle, MetadataCaptionConfig, metadata_caption
-from derm_pipeline.generation.drawing import EmbedText
 from derm_pipeline.generation.plan import SampleRequest
+from derm_pipeline.generation.told import EmbedText
 from derm_pipeline.latents import Embeddings
-from derm_pipeline.models.conditions import TEXT, TEXT_MASK
 from derm_pipeline.store import digest_of_json
 
 
@@ -54,41 +53,30 @@ def caption_requests(
     return [request if request.text is not None else replace(request, text=caption_of(request)) for request in requests]
 
 
-def text_of_requests(
-    requests: Sequence[SampleRequest],
-    embeddings: Embeddings,
-    embed: Callable[[Sequence[str]], Mapping[str, Tensor]],
-) -> EmbedText:
-    """A function that gives the embeddings of these requests' texts; a request without text is told none.
+def text_of_requests(requests: Sequence[SampleRequest], embeddings: Embeddings, embed: EmbedText) -> EmbedText:
+    """A text encoder for the texts of these requests that looks into the embeddings of the training texts first.
 
     Args:
-        requests: All that it will be asked for.
+        requests: All that will be drawn.
         embeddings: What the generator learnt from, looked into first.
-        embed: Called once at most, with the texts that are not there.
+        embed: Called once at most, with the texts that are not there; kept as the cache keeps them, in float16.
     """
-    wanted = dict.fromkeys(request.text for request in requests if request.text is not None)
-    new = [text for text in wanted if text not in embeddings]
-    fresh = (
-        {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in embed(new).items()}
-        if new
-        else {}
-    )
+    texts = [text for request in requests for text in (request.text, request.negative_prompt) if text is not None]
+    new = [text for text in dict.fromkeys(texts) if text not in embeddings]
+    fresh = {name: _halved(tensor) for name, tensor in embed(new).items()} if new else {}
     place = {text: row for row, text in enumerate(new)}
-    shapes = {name: embeddings.shapes[name] for name in (TEXT, TEXT_MASK)}
 
-    def embed_text(batch: Sequence[SampleRequest]) -> tuple[Tensor, Tensor]:
-        text = torch.zeros(len(batch), *shapes[TEXT], dtype=torch.float16)
-        mask = torch.zeros(len(batch), *shapes[TEXT_MASK], dtype=torch.bool)
-        for row, request in enumerate(batch):
-            if request.text is None:
-                continue
-            if request.text in place:
-                found = {name: tensor[place[request.text]] for name, tensor in fresh.items()}
-            else:
-                found = {
-                    name: tensor[0] for name, tensor in embeddings.gather(embeddings.rows_of([request.text])).items()
-                }
-            text[row], mask[row] = found[TEXT], found[TEXT_MASK]
-        return text, mask
+    def row_of(text: str) -> dict[str, Tensor]:
+        if text in place:
+            return {name: tensor[place[text]] for name, tensor in fresh.items()}
+        return {name: tensor[0] for name, tensor in embeddings.gather(embeddings.rows_of([text])).items()}
 
-    return embed_text
+    def embed_texts(wanted: list[str]) -> dict[str, Tensor]:
+        rows = [row_of(text) for text in wanted]
+        return {name: torch.stack([row[name].cpu() for row in rows]) for name in rows[0]}
+
+    return embed_texts
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from derm_pipeline.generation import (
+    Prompting,
     SampleRequest,
     SamplingConfig,
     caption_requests,
@@ -89,25 +90,27 @@ def test_a_prompt_stays_and_is_said_of_the_sample():
     assert [row["prompt"] for row in rows] == [asked.prompt, both.prompt]
 
 
-def test_known_texts_are_looked_up_new_ones_embedded_once_and_none_is_no_token(embeddings):
+def test_known_texts_are_looked_up_and_new_ones_embedded_once(embeddings):
     asked = []
 
     def counted(texts):
         asked.append(list(texts))
         return embed(texts)
 
-    requests = [SampleRequest(i, i, MEL, None, text=text) for i, text in enumerate(["new", "mel 1 f", None, "new", ""])]
+    words = ["new", "mel 1 f", None, "new", ""]
+    requests = [SampleRequest(i, i, MEL, None, text=text) for i, text in enumerate(words)]
+    how = Prompting(negative_prompt="not so")
+    requests[1] = dataclasses.replace(requests[1], prompting=how)
     embed_text = text_of_requests(requests, embeddings, counted)
-    text, mask = embed_text(requests)
-    assert asked == [["new"]]
-    for row, words in ((0, "new"), (1, "mel 1 f"), (3, "new"), (4, "")):
-        expected = embed([words])
-        assert torch.equal(text[row], expected["text"][0].half())
-        assert torch.equal(mask[row], expected["text_mask"][0])
-    assert not mask[2].any()
-    for row, request in enumerate(requests):
-        assert torch.equal(embed_text([request])[0][0], text[row])
-    text_of_requests(requests[1:3], embeddings, None)  # nothing new: nobody is asked
+    told = [text for text in words if text is not None] + ["not so"]
+    found = embed_text(told)
+    assert asked == [["new", "not so"]]
+    for row, text in enumerate(told):
+        expected = embed([text])
+        assert torch.equal(found["text"][row], expected["text"][0].half())
+        assert torch.equal(found["text_mask"][row], expected["text_mask"][0])
+        assert torch.equal(embed_text([text])["text"][0], found["text"][row])
+    text_of_requests([dataclasses.replace(requests[1], prompting=None)], embeddings, None)  # nobody is asked
 
 
 def test_samples_follow_their_text_and_are_the_same_in_any_batch(tmp_path, embeddings):

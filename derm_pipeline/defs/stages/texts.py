@@ -16,8 +16,7 @@ from derm_pipeline.store import Artifact, Build, Store, StoreError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from derm_pipeline.generation import SampleRequest
-    from derm_pipeline.generation.drawing import EmbedText
+    from derm_pipeline.generation import EmbedText, SampleRequest
     from derm_pipeline.latents import Embeddings
     from derm_pipeline.recipes.model import Recipe
 
