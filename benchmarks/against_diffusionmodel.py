@@ -59,7 +59,8 @@ from derm_pipeline.training.loop import train
 from derm_pipeline.training.objectives import GeneratorObjective
 from derm_pipeline.training.settings import DiTTraining
 
-ASSETS = ("training_set", "evaluation_set", "autoencoder", "latents", "generator", "synthetic_dataset", "classifiers")
+TRAINED_WITH = ("training_set", "autoencoder", "latents")
+JUDGED_WITH = ("evaluation_set", "synthetic_dataset", "classifiers")
 ASPECT = 4 / 3
 """Width by height of HAM10000's images."""
 TIMED_STEPS = 12
@@ -69,7 +70,7 @@ def main() -> None:
     options = _options()
     workspace = Workspace(options.data, options.raw)
     recipe = workspace.recipe(options.recipe)
-    used = {asset: workspace.store.current(asset, options.recipe) for asset in ASSETS}
+    used = {asset: workspace.store.current(asset, options.recipe) for asset in TRAINED_WITH}
     table = used["training_set"].table(TRAINING_SET)
     classes = condition_classes(("diagnosis",), canonical(table["diagnosis"].to_pylist()))
     labels = labels_of(table, classes)
@@ -94,6 +95,7 @@ def main() -> None:
         on_progress=lambda done, total: print(f"samples {done} of {total}", flush=True),
     )
     drawn_s = time.process_time() - start
+    used |= {asset: workspace.store.current(asset, options.recipe) for asset in JUDGED_WITH}
     metadata, all_ours = sample_images(used["synthetic_dataset"])
     asked = {
         "ours": metadata["diagnosis"].to_pylist(),
