@@ -38,7 +38,7 @@ from torch import Tensor
 from derm_pipeline.defs.stages.data import image_files
 from derm_pipeline.defs.stages.evaluation import FEATURES, sample_images
 from derm_pipeline.defs.stages.fitting import labels_of
-from derm_pipeline.defs.stages.generator import EVALUATION_SET, TRAINING_SET, squares
+from derm_pipeline.defs.stages.sets import EVALUATION_SET, TRAINING_SET, squares
 from derm_pipeline.defs.workspace import Workspace
 from derm_pipeline.evaluation.classifiers import agreement, load_classifier, predict, weights_name
 from derm_pipeline.evaluation.demographics import demographics
@@ -99,7 +99,7 @@ def main() -> None:
     metadata, all_ours = sample_images(used["synthetic_dataset"])
     asked = {
         "ours": metadata["diagnosis"].to_pylist(),
-        "theirs": [request.diagnosis.value for request in requests],
+        "theirs": [str(request.told("diagnosis")) for request in requests],
     }
     samples = {"ours": all_ours, "theirs": as_cropped(drawn)}
     same = _as_many(asked["ours"], asked["theirs"])
