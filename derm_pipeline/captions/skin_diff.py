@@ -16,6 +16,21 @@ from derm_pipeline.records import Diagnosis, SkinTone, SkinType
 INITIALISER_WORD: Final = "skin"
 """The word from whose embedding every learned token starts."""
 
+INVERSION_TEMPLATES: Final = (
+    "a photo of a {}",
+    "a rendering of a {}",
+    "a cropped photo of the {}",
+    "the photo of a {}",
+    "a close-up photo of a {}",
+    "a cropped photo of a {}",
+    "a photo of the {}",
+    "a photo of one {}",
+    "a close-up photo of the {}",
+    "a rendition of the {}",
+    "a rendition of a {}",
+)
+"""What a learned token is learned in: those of diffusers' textual inversion that have no adjective."""
+
 _TOKEN_LETTERS = 3
 _TONES = {
     SkinType.I: "a very light-skinned",

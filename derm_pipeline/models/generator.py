@@ -19,7 +19,8 @@ from torch import Tensor
 from derm_pipeline.models.autoencoder import Autoencoder, AutoencoderConfig
 from derm_pipeline.models.diffusion import Law
 from derm_pipeline.models.dit import DiT, DiTConfig
-from derm_pipeline.models.pretrained.config import PretrainedNetworkConfig
+from derm_pipeline.models.pretrained.adapted import Embed, put_denoiser, put_text
+from derm_pipeline.models.pretrained.config import Part, PretrainedNetworkConfig
 from derm_pipeline.models.pretrained.network import PretrainedNetwork, load_pretrained_network
 from derm_pipeline.models.pretrained_vae import (
     PretrainedVae,
@@ -70,6 +71,7 @@ _SAVED_AUTOENCODER: TypeAdapter[AutoencoderConfig | PretrainedVaeReference] = Ty
     ]
 )
 _ADVERSARY = "adversary."
+_TEXT: tuple[Part, ...] = ("text",)
 
 SKIN_TYPES = tuple(str(skin_type.value) for skin_type in SkinType)
 
@@ -169,14 +171,30 @@ def load_network(folder: Path, device: torch.device, *, averaged: bool = True) -
     """The generator in this folder, ready to sample: its averaged weights where it has them."""
     spec = GeneratorSpec.load(folder)
     network = build_network(spec.network, device)
-    path = folder / ("ema.safetensors" if averaged and (folder / "ema.safetensors").exists() else "weights.safetensors")
     if isinstance(network, PretrainedNetwork):
         network.load_null(folder)
-        if path.exists():  # else the base's own
-            network.denoiser.load_state_dict(load_weights(path))
-    else:
-        network.load_state_dict(load_weights(path))
+        put_denoiser(folder, network.denoiser, averaged=averaged)
+        return spec, network.to(device).eval()
+    path = folder / ("ema.safetensors" if averaged and (folder / "ema.safetensors").exists() else "weights.safetensors")
+    network.load_state_dict(load_weights(path))
     return spec, network.to(device).eval()
+
+
+def load_embedder(folder: Path, device: torch.device | None = None) -> Embed:
+    """What the network in this folder is told of texts: by its base's text encoders, as they were trained with it.
+
+    Raises:
+        FileNotFoundError: the base no longer lies where it was.
+        ValueError: its files have changed since, or the network is told no texts by a base.
+    """
+    from derm_pipeline.models.pretrained.base import load_base_of
+
+    config = GeneratorSpec.load(folder).network
+    if not isinstance(config, PretrainedNetworkConfig):
+        raise ValueError(f"the generator in {folder} is no pretrained one: no base makes embeddings of its texts")
+    base = load_base_of(config.base, device, parts=_TEXT)
+    put_text(folder, base.text_encoders, base.tokenizers)
+    return base.embed
 
 
 def save_autoencoder(model: AnyAutoencoder, folder: Path) -> None:

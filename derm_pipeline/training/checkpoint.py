@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from derm_pipeline.store import replacing
 from derm_pipeline.training.averages import Averages
+from derm_pipeline.training.optimizers import kept_of, start_state
 from derm_pipeline.training.scaling import LossScale
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -50,7 +51,7 @@ class State:
         found: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in self.parameters.items()}
         found |= {f"model.{name}": buffer for name, buffer in _buffers(self.model).items()}
         for number, (name, parameter) in enumerate(self.parameters.items()):
-            for kind, value in self.optimizer.state[parameter].items():
+            for kind, value in kept_of(self.optimizer, parameter).items():
                 found[f"optimizer.{kind}.{name}"] = value
             for decay, average in self.averages.values.items():
                 found[f"ema.{decay}.{name}"] = average[number]
@@ -95,7 +96,9 @@ def resume(path: Path, state: State, settings: Mapping[str, object]) -> int:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             _check_settings(path, file.metadata() or {}, settings)
-            _start_moments(state, set(file.keys()))
+            for name, parameter in state.parameters.items():
+                if f"optimizer.step.{name}" in file.keys():  # noqa: SIM118  # no mapping
+                    start_state(state.optimizer, parameter, int(file.get_tensor(f"optimizer.step.{name}")))
             with torch.no_grad():
                 for name, tensor in state.tensors().items():
                     tensor.copy_(file.get_tensor(name))
@@ -107,14 +110,6 @@ def resume(path: Path, state: State, settings: Mapping[str, object]) -> int:
             f"the checkpoint {path} is damaged ({error}): remove it to train from the start again"
         ) from error
     return len(state.losses)
-
-
-def _start_moments(state: State, names: set[str]) -> None:
-    """AdamW's state as it makes it before its first step, for the parameters that had a gradient."""
-    for name, parameter in state.parameters.items():
-        if f"optimizer.step.{name}" in names:
-            moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
-            state.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | moments
 
 
 def _check_settings(path: Path, metadata: Mapping[str, str], settings: Mapping[str, object]) -> None:

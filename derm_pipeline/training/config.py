@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from derm_pipeline.models.runtime import Precision
 
@@ -30,6 +37,9 @@ class TrainingConfig(BaseModel):
     """Examples a step, of all processes together."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Examples that a process holds at once; gradients are accumulated over the rest. null: all of its part."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps AdamW's moments in 8 bits (Dettmers et al. 2021, arXiv 2110.02861): a quarter of their memory; it
+    needs bitsandbytes, and is not for fp16."""
     lr: float = Field(gt=0, allow_inf_nan=False)
     """AdamW's peak learning rate."""
     warmup_steps: int = Field(default=50, ge=0)
@@ -113,9 +123,19 @@ class TrainingConfig(BaseModel):
                 f"batch_size {self.batch_size} is not made of micro_batch_size {self.micro_batch_size}; "
                 f"take one that divides it, as {largest_divisor(self.batch_size, self.micro_batch_size)}"
             )
+        if self.optimizer == "adamw8bit" and self.precision == "fp16":
+            raise ValueError("adamw8bit cannot skip a step that overflows: take precision bf16 or fp32, or adamw")
         if any(not 0 < decay < 1 for decay in self.ema_decays):
             raise ValueError(f"ema_decays {list(self.ema_decays)}: each must lie between 0 and 1")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the usual optimiser: artifacts and checkpoints of before there were several are found again."""
+        settings: dict[str, Any] = serialise(self)
+        if settings.get("optimizer") == "adamw":
+            del settings["optimizer"]
+        return settings
 
     def deciding(self) -> dict[str, object]:
         """The settings that decide the weights: those that a checkpoint must have in common with a resumed training."""

@@ -27,17 +27,18 @@ class Need(NamedTuple):
     """Kept for the backward pass of each example."""
 
 
-def estimate(module: nn.Module, num_averages: int, batch: Mapping[str, Tensor]) -> Need:
+def estimate(module: nn.Module, num_averages: int, batch: Mapping[str, Tensor], *, num_moments: float = 2.0) -> Need:
     """What training a module on such examples takes, as found by its forward passes on a few and on twice as many.
 
     Args:
         module: maps a batch to its losses.
         num_averages: moving averages of the weights.
         batch: `TRIED` examples, or fewer where there are no more; on the module's device.
+        num_moments: float32 numbers that the optimiser keeps of each weight.
     """
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     num_gradients = 2 if weights[0].device.type == "cpu" else 1
-    states = sum(weight.nbytes for weight in weights) * (num_gradients + 2 + num_averages)
+    states = int(sum(weight.nbytes for weight in weights) * (num_gradients + num_moments + num_averages))
     most = min(len(tensor) for tensor in batch.values())
     few = max(1, most // 2)
     kept = [_kept_bytes(module, {name: tensor[:num] for name, tensor in batch.items()}) for num in {few, most}]

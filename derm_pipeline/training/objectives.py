@@ -264,7 +264,7 @@ def _spec(
         network=network,
         law=config.law,
         classes=told,
-        seen=_seen(labels, told),
+        seen=values_seen(labels, told),
         latent_mean=tuple(statistics["mean"]),
         latent_std=tuple(statistics["std"]),
     )
@@ -277,7 +277,7 @@ def _check_labels(labels: Mapping[str, Tensor], told: Classes, num: int, text: E
             raise ValueError(f"{name} is told of {len(labels[name])} rows, and there are moments of {num}")
 
 
-def _seen(labels: Mapping[str, Tensor], told: Classes) -> tuple[tuple[tuple[str | None, ...], int], ...]:
+def values_seen(labels: Mapping[str, Tensor], told: Classes) -> tuple[tuple[tuple[str | None, ...], int], ...]:
     """The values that occur together, in the order of their classes, and in how many rows."""
     rows, counts = torch.stack([labels[name].cpu() for name in told], 1).unique(dim=0, return_counts=True)
     values = [(*known, None) for known in told.values()]  # the null class is the last

@@ -1,4 +1,7 @@
-"""The autoencoder and generator stages of a recipe: which network, and how it is trained."""
+"""The autoencoder and generator stages of a recipe: which network, and how it is trained.
+
+Those that start from a pretrained base are in `fine_tuning_settings`.
+"""
 
 from __future__ import annotations
 

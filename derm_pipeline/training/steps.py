@@ -17,6 +17,7 @@ from derm_pipeline.training.checkpoint import CheckpointError, State, resume
 from derm_pipeline.training.config import TrainingConfig, lr_factor, step_seed
 from derm_pipeline.training.draws import Batch, Draws, Objective
 from derm_pipeline.training.memory import TRIED, check_memory, estimate
+from derm_pipeline.training.optimizers import make_optimizer
 from derm_pipeline.training.processes import Processes
 from derm_pipeline.training.scaling import LossScale
 
@@ -76,7 +77,9 @@ class Steps:
         self._held_out = Draws(validation, config, processes, device) if validation else None
         self._validation = _Module(model, validation, config) if validation else None
         self._module = _Module(model, objective, config).train()
-        need = estimate(self._module, len(config.decays), self._draws.some(min(TRIED, 2 * processes.micro)))
+        tried = self._draws.some(min(TRIED, 2 * processes.micro))
+        num_moments = 0.5 if config.optimizer == "adamw8bit" else 2.0
+        need = estimate(self._module, len(config.decays), tried, num_moments=num_moments)
         check_memory(need, processes.micro, processes.share, device, is_compiled=config.compile)
         self._wrapped = processes.wrap(self._module)
         self._pending: list[Tensor] = []
@@ -85,7 +88,7 @@ class Steps:
         self.state = State(
             model,
             parameters,
-            _optimizer(self._weights, config),
+            make_optimizer(self._weights, config),
             Averages(parameters, config.decays),
             LossScale(device) if config.precision == "fp16" else None,
         )
@@ -224,12 +227,3 @@ class Steps:
         with self.state.averages.in_place(), torch.compiler.set_stance("force_eager"):
             yield model
         model.train()
-
-
-def _optimizer(weights: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    groups: list[dict[str, object]] = [{"params": weights}]
-    if config.decay_matrices_only:
-        matrices = [weight for weight in weights if weight.ndim >= 2]
-        others = [weight for weight in weights if weight.ndim < 2]
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)

@@ -19,12 +19,14 @@ from derm_pipeline.models.pretrained.config import (
     PretrainedNetworkConfig,
     PretrainedReference,
 )
-from derm_pipeline.models.pretrained.files import INDEX, BaseFiles, find_base, law_of, read_json
+from derm_pipeline.models.pretrained.files import INDEX, TEXT_FOLDERS, BaseFiles, find_base, law_of, read_json
 from derm_pipeline.models.pretrained.parts import load_denoiser, load_text, pipeline_of
 from derm_pipeline.models.pretrained.text import Tokens, embed_tokens, tokenise
 from derm_pipeline.models.pretrained_vae import PretrainedVae, PretrainedVaeConfig, load_pretrained_vae
 from derm_pipeline.models.runtime import computes_bf16
 
+_SCALING_FACTOR = 0.18215
+"""Of an AutoencoderKL whose config.json does not tell, as diffusers has it."""
 _PIXART_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -77,22 +79,55 @@ class Base:
         return self._text[1]
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """Those that were loaded."""
+        loaded = {"denoiser": self._denoiser, "text": self._text, "vae": self.vae}
+        return tuple(part for part in PARTS if loaded[part] is not None)
+
+    @property
+    def latent_scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What its publishers subtract from each latent channel, and divide it by then; no weights are read."""
+        said = self._files.config("vae")
+        num, scale = said["latent_channels"], said.get("scaling_factor", _SCALING_FACTOR)
+        mean = said.get("latents_mean") or [said.get("shift_factor") or 0.0] * num
+        return tuple(mean), tuple(value / scale for value in said.get("latents_std") or [1.0] * num)
+
+    @property
+    def text_identity(self) -> dict[str, Any]:
+        """What embeddings of its texts depend on, as JSON: those of another are not its own."""
+        of_text = {"weights.safetensors", *(folder for both in TEXT_FOLDERS[self.family] for folder in both)}
+        settings = self.reference.settings
+        return {
+            "files": {name: sha for name, sha in self.reference.files.items() if name.split("/")[0] in of_text},
+            "max_tokens": settings.max_tokens,
+            "dtype": settings.dtype,
+        }
+
+    @property
     def max_tokens(self) -> int:
         """Tokens of a text, start and end included."""
         return self.reference.settings.max_tokens or _most_tokens(self._files, self.tokenizers, self.text_encoders)
 
-    def network_config(self, latent_size: int) -> PretrainedNetworkConfig:
-        """The shape of the denoiser, for latents of this side, for texts of `max_tokens`."""
+    def network_config(
+        self, latent_size: int, told: Mapping[str, tuple[int, ...]] | None = None
+    ) -> PretrainedNetworkConfig:
+        """The shape of the denoiser, for latents of this side, for texts of `max_tokens`.
+
+        `told` are the shapes of one text's embeddings, where the text encoders were not loaded.
+        """
         vae = self._files.config("vae")
-        widths = [encoder.config.hidden_size for encoder in self.text_encoders]
+        if told is None:
+            width = sum(encoder.config.hidden_size for encoder in self.text_encoders)
+            pooled = (self.text_encoders[1].config.projection_dim,) if self.family == "sdxl" else ()
+            told = {TEXT: (self.max_tokens, width), POOLED: pooled}
         return PretrainedNetworkConfig(
             base=self.reference,
             latent_size=latent_size,
             channels=vae["latent_channels"],
             downsampling=2 ** (len(vae["block_out_channels"]) - 1),
-            text_tokens=self.max_tokens,
-            text_width=sum(widths),
-            pooled_width=self.text_encoders[1].config.projection_dim if self.family == "sdxl" else None,
+            text_tokens=told[TEXT][0],
+            text_width=told[TEXT][1],
+            pooled_width=told[POOLED][0] if told.get(POOLED) else None,
         )
 
     def tokenise(self, texts: Sequence[str]) -> Tokens:
@@ -124,7 +159,11 @@ class Base:
 
     def null(self) -> dict[str, Tensor]:
         """What the pipeline tells its denoiser where nothing is told, one row: the empty text; zeros for most SDXL."""
-        told = self.embed([""])
+        return self.null_of(self.embed([""]))
+
+    def null_of(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`null`, given what the empty text is embedded as; with gradients where that has some."""
+        told = dict(empty)
         if self.family == "sdxl" and read_json(self._files.root / INDEX).get("force_zeros_for_empty_prompt", True):
             told |= {name: torch.zeros_like(told[name]) for name in (TEXT, POOLED)}
         return told
