@@ -497,6 +497,7 @@ def _machine() -> dict[str, object]:
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": num_cores(),
+        "load_average": [round(value, 1) for value in os.getloadavg()],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if IS_GPU else None,
         "bf16": computes_bf16(DEVICE),
