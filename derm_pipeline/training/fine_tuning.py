@@ -281,7 +281,7 @@ class _Run:
             return self._plain(self._images, trainee, texts, spec)
         prior: Prior | None = None
         if config.prior is not None:
-            path = self._work / "prior.safetensors"
+            path = self._work / f"prior-{digest_of_json(config.prior.model_dump(mode='json'))[:16]}.safetensors"
             precision = stage.training.precision
             prior = obtain_prior(path, config.prior, trainee.network, spec, texts, precision)
         inner = self._plain(self._images, trainee, texts, spec, prior)

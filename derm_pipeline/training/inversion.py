@@ -71,7 +71,7 @@ def learn_tokens(base: Base, tokens: Sequence[str], initialiser: str, num_vector
         rows = LearnedRows(encoder.get_input_embeddings().requires_grad_(requires_grad=False), ids)
         encoder.set_input_embeddings(rows)
         learned.append(rows)
-    _check_found(base, tokens, num_vectors)
+    _check_found(base, tokens)
     return learned
 
 
@@ -89,7 +89,7 @@ def _one_token(tokenizer: Any, word: str) -> int:
     return ids[0]
 
 
-def _check_found(base: Base, tokens: Sequence[str], num_vectors: int) -> None:
+def _check_found(base: Base, tokens: Sequence[str]) -> None:
     """Refuse tokens that the family's tokenizer does not find in a text: one with capitals where texts have none."""
     ids = base.tokenise([f"a photo of a {token}" for token in tokens]).ids
     for tokenizer, own in zip(base.tokenizers, ids, strict=True):

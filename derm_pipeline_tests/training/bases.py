@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import torch
 
 from derm_pipeline.models.lora import LoraConfig
 from derm_pipeline.models.pretrained.config import PretrainedConfig
 from derm_pipeline.training.config import TrainingConfig
 from derm_pipeline.training.fine_tuned import Captioned
-from derm_pipeline.training.fine_tuning_settings import FineTuning, FullStage, InversionStage, LoraStage
+from derm_pipeline.training.fine_tuning import fine_tune
+from derm_pipeline.training.fine_tuning_settings import FineTuning, FullStage, InversionStage, LoraStage, PriorConfig
+from derm_pipeline.training.hldf import HldfConfig
 
 CLASSES = {"diagnosis": ("mel", "nv")}
 CAPTIONS = ("An image of mel-class on dark skin", "An image of mela-class on light skin", "a photo of mel-class")
@@ -47,3 +53,28 @@ def inversion(training_changes=None, **changes) -> InversionStage:
 def settings(folder, *stages, **changes) -> FineTuning:
     base = PretrainedConfig(model=str(folder), dtype="float32")
     return FineTuning(**{"base": base, "stages": stages or (lora(),), "grid": None} | changes)
+
+
+def fine_tune_as_one_of(index: int, num: int, port: int, work: Path, folder: Path) -> None:
+    """In a process of its own, as `accelerate launch` starts it; leaves its losses as `losses-<index>.json`."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(index),
+        "LOCAL_RANK": str(index),
+        "WORLD_SIZE": str(num),
+        "LOCAL_WORLD_SIZE": str(num),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = fine_tune(images(), CLASSES, every_stage(folder), work=work, held_out=images(3))
+    (work / f"losses-{index}.json").write_text(json.dumps(done.losses))
+
+
+def every_stage(folder: Path) -> FineTuning:
+    """New tokens, the whole denoiser, adapters of all networks; with all that a loss may have."""
+    adapters = lora(text=True, num_steps=2, micro_batch_size=1)
+    adapters = adapters.model_copy(update={"denoiser": lora().denoiser})
+    stages = inversion({"num_steps": 2}), full(num_steps=2, ema_decay=0.9), adapters
+    prior = PriorConfig(num_samples=2, num_steps=2)
+    hldf = HldfConfig(every_steps=2, num_steps=2)
+    return settings(folder, *stages, prior=prior, hldf=hldf, caption_dropout=0.3, noise_offset=0.1)

@@ -1,11 +1,13 @@
 """The stages of a pretrained base: what moves, what does not, and that a kill at any time changes nothing."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from derm_pipeline.latents import open_embeddings
 from derm_pipeline.models.generator import load_embedder, load_network
 from derm_pipeline.models.pretrained.base import load_base
 from derm_pipeline.training.fine_tuning import fine_tune
@@ -16,6 +18,8 @@ from derm_pipeline_tests.training.bases import (
     ATTENTION,
     CAPTIONS,
     CLASSES,
+    every_stage,
+    fine_tune_as_one_of,
     full,
     images,
     inversion,
@@ -23,6 +27,7 @@ from derm_pipeline_tests.training.bases import (
     settings,
     training,
 )
+from derm_pipeline_tests.training.test_processes import free_port
 
 CPU = torch.device("cpu")
 
@@ -174,18 +179,27 @@ def test_an_averaged_adapter_is_what_is_saved(tiny_base, tmp_path):
     assert all(found[name].abs().sum() < weights[name].abs().sum() for name in ups)
 
 
-@pytest.mark.parametrize("looks", [2, 5])
-def test_a_training_that_is_stopped_in_any_stage_goes_on_there_to_the_same_bits(looks, tiny_base, tmp_path):
-    config = settings(tiny_base("sd"), inversion({"lr": 1e-2, "num_steps": 3}), lora(num_steps=3), caption_dropout=0.3)
-    straight = fine_tune(images(), CLASSES, config, work=tmp_path / "a", held_out=images(3))
-    arguments = {"work": tmp_path / "b", "held_out": images(3)}
+def two_stages(folder):
+    return settings(folder, inversion({"lr": 1e-2, "num_steps": 3}), lora(num_steps=3), caption_dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_base, tmp_path_factory):
+    """Two stages that nobody stopped."""
+    work = tmp_path_factory.mktemp("straight")
+    return fine_tune(images(), CLASSES, two_stages(tiny_base("sd")), work=work, held_out=images(3))
+
+
+@pytest.mark.parametrize(("looks", "resumed"), [(2, [2, 0]), (4, [3, 2])])  # no look at the end of a stage
+def test_a_training_that_is_stopped_in_any_stage_goes_on_there_to_the_same_bits(
+    looks, resumed, straight, tiny_base, tmp_path
+):
+    config, arguments, steps = two_stages(tiny_base("sd")), {"work": tmp_path, "held_out": images(3)}, []
     with pytest.raises(Interrupted):
-        fine_tune(images(), CLASSES, config, **arguments, stop_when=after({2: 2, 5: 4}[looks]))
-    steps = []
+        fine_tune(images(), CLASSES, config, **arguments, stop_when=after(looks))
     done = fine_tune(images(), CLASSES, config, **arguments, on_progress=lambda step, num, _: steps.append((step, num)))
     assert steps[-1] == (6, 6)
-    resumed = [stage.resumed_from_step for stage in done.stages]
-    assert resumed == ([2, 0] if looks == 2 else [3, 2])
+    assert [stage.resumed_from_step for stage in done.stages] == resumed
     assert done.losses == straight.losses
     assert done.validation == straight.validation
     check_same(done.folder, straight.folder)
@@ -211,9 +225,12 @@ def test_stages_follow_one_another_and_captions_tell_what_the_first_has_learnt(t
         "denoiser.safetensors",
         "null.safetensors",
     }
-    without = fine_tune(images(), CLASSES, settings(tiny_base("sd"), full(), lora()), work=tmp_path / "without")
-    assert without.stages[0].losses != done.stages[1].losses
     assert len(done.trained.losses) == 12
+    with torch.no_grad():
+        known = load_base(settings(tiny_base("sd")).base).embed(CAPTIONS)["text"]
+    cached = open_embeddings(tmp_path / "stage-2-full" / "texts")
+    found = cached.gather(cached.rows_of(CAPTIONS))["text"].float()
+    assert (found - known).abs().amax((1, 2)).min() > 0.1  # each of them has a learned token
 
 
 def test_images_are_drawn_at_the_steps_that_are_due_and_no_others(tiny_base, tmp_path, monkeypatch):
@@ -233,12 +250,13 @@ def test_prior_preservation_draws_once_and_every_second_example_is_the_bases_own
     prior = PriorConfig(num_samples=3, num_steps=2, batch_size=2, prompts=("a photo of skin", "skin"))
     config = settings(tiny_base("sd"), lora(num_steps=2), prior=prior)
     done = fine_tune(images(), CLASSES, config, work=tmp_path)
-    drawn = load_file(tmp_path / "prior.safetensors")["latents"]
+    (path,) = tmp_path.glob("prior-*.safetensors")
+    drawn = load_file(path)["latents"]
     assert drawn.shape == (3, 4, 8, 8)
     again = fine_tune(
         images(), CLASSES, settings(tiny_base("sd"), lora(num_steps=2), prior=prior), work=tmp_path / "again"
     )
-    assert torch.equal(load_file(tmp_path / "again" / "prior.safetensors")["latents"], drawn)
+    assert torch.equal(load_file(tmp_path / "again" / path.name)["latents"], drawn)
     assert again.losses == done.losses
     assert done.losses[0] > 1.5  # two means
 
@@ -294,3 +312,24 @@ def test_a_config_is_read_back_from_json(tiny_base):
     assert type(config).model_validate(json.loads(config.model_dump_json())) == config
     assert config.num_steps == 8
     assert config.further_texts == ("a photo of skin",)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tiny_base, tmp_path):
+    folder = tiny_base("sdxl")
+    alone = fine_tune(images(), CLASSES, every_stage(folder), work=tmp_path / "one", held_out=images(3))
+    work, port = tmp_path / "two", free_port()
+    work.mkdir()
+    context = multiprocessing.get_context("spawn")
+    arguments = [(index, 2, port, work, folder) for index in range(2)]
+    processes = [context.Process(target=fine_tune_as_one_of, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    first, second = (json.loads((work / f"losses-{index}.json").read_text()) for index in range(2))
+    assert first == second
+    assert first == pytest.approx(alone.losses, abs=1e-4)
+    found = tensors(work / "stage-3-lora" / "generator")
+    for name, value in tensors(alone.folder).items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-3)  # AdamW's first steps are signs

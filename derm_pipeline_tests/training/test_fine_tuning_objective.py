@@ -15,6 +15,7 @@ from derm_pipeline.models.pretrained_vae import PretrainedVae
 from derm_pipeline.training.fine_tuned import Captioned
 from derm_pipeline.training.fine_tuning import fine_tune
 from derm_pipeline.training.fine_tuning_objective import Examples, FineTuningObjective, Prior
+from derm_pipeline.training.hldf import Hldf, HldfConfig, frozen_decoder
 from derm_pipeline.training.told_texts import CachedTexts, EncodedTexts
 from derm_pipeline.training.trainee import prepare
 from derm_pipeline_tests.training.bases import CAPTIONS, CLASSES, images, inversion, lora, settings
@@ -193,3 +194,21 @@ def test_an_inversion_tells_templates_of_the_images_own_token(tiny_base, tmp_pat
     told = {asked_texts[row] for row in asked}
     assert told == {"a photo of a mel-class", "the mel-class"}
     assert set(itertools.chain(asked_texts.values())) == told | {"a photo of a mela-class", "the mela-class"}
+
+
+def test_drawn_images_teach_all_adapters_and_never_the_autoencoder(tiny_base):
+    base = load_base(settings(tiny_base("pixart")).base)
+    stage = lora(text=True, targets=("q", "v")).model_copy(update={"denoiser": lora().denoiser})
+    trainee = prepare(stage, base, base.network_config(8), activation_checkpointing=True)
+    texts = EncodedTexts(base, CAPTIONS, CPU)
+    trainee.network.set_null(base.null())
+    mean, std = base.latent_scaling
+    term = Hldf(HldfConfig(num_steps=2), base.law, trainee.network, frozen_decoder(base.vae, mean, std))
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    trainee.module.train()
+    told = texts.told(texts.draw(texts.rows(CAPTIONS[:2])))
+    term.losses(told, noise, latents=latents, null=texts.null(2)).sum().backward()
+    ups = {name: weight.grad for name, weight in trainee.module.named_parameters() if "lora_B" in name}
+    assert {name.split(".")[0] for name in ups} == {"network", "text"}
+    assert all(grad is not None and grad.any() for grad in ups.values())
+    assert all(weight.grad is None for weight in base.vae.parameters())
