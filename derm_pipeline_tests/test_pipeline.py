@@ -307,6 +307,7 @@ def test_a_generator_that_is_told_captions_goes_through_the_whole_graph(tmp_path
     code, said = generate("--diagnosis", "mel", "--prompt", "very " * 60)
     assert code == 1
     assert "tokens; 40 can be told: shorten it" in said
+    check_plans_of_prompts(project)
     shutil.rmtree(encoder)
     code, said = generate("--diagnosis", "mel", "--count", "3")  # a caption that is known needs no encoder
     assert code == 0, said
@@ -315,3 +316,43 @@ def test_a_generator_that_is_told_captions_goes_through_the_whole_graph(tmp_path
     assert str(encoder) in said
     project.workspace.store.prune()
     assert project.workspace.store.verify() == []
+
+
+def check_plans_of_prompts(project):
+    """The generator that is told text is asked in every plan's way; only its samples are made anew."""
+    from derm_pipeline.defs.stages.generator import synthetic_dataset
+
+    path = project.data / "recipes" / "tiny.yaml"
+    before = path.read_text()
+    images = {row["sha256"]: row for row in project.artifacts()["training_set"].table(TRAINING_SET).to_pylist()}
+
+    def drawn(plan):
+        rest = [line for line in before.splitlines() if not line.startswith("synthetic_dataset:")]
+        path.write_text("\n".join([*rest, f"synthetic_dataset: {{batch_size: 16, {plan}}}", ""]))
+        artifact = synthetic_dataset(project.workspace, "tiny")
+        return artifact, artifact.table("metadata.parquet").to_pylist()
+
+    asked = "plan: img2img, num_steps: 4, max_images: 6, samples_each: 2, strength: 0.5"
+    artifact, rows = drawn(asked)
+    assert artifact.counts["num_samples"] == len(rows) == 12
+    assert {row["skin_type"] for row in rows} <= {5, 6}
+    for row in rows:
+        assert row["diagnosis"] == images[row["source_sha256"]]["diagnosis"]
+        assert row["measured_tone"] in ("light", "medium", "dark")
+        assert row["prompt"].startswith("An image of ")
+    to_change = [row for row in rows if row["source_tone"] != "dark"]
+    assert artifact.counts["num_tone_to_change"] == len(to_change)
+    assert artifact.counts["num_tone_unchanged"] == sum(not row["tone_changed"] for row in to_change)
+    assert f"**{artifact.counts['num_tone_unchanged']} did not change it**" in artifact.path("README.md").read_text()
+    kept, kept_rows = drawn(f"{asked}, lesion: kept")
+    assert all(0 < row["kept_fraction"] < 1 for row in kept_rows)
+    assert kept.manifest.content_digest != artifact.manifest.content_digest
+    _, rows = drawn("plan: lesiongen, num_samples: 14, guidances: [1, 2], steps: [2, 3]")
+    assert {row["guidance"] for row in rows} == {1, 2}
+    assert all(row["prompt"] == row["text"] and " skin tone" in row["prompt"] for row in rows)
+    _, rows = drawn("plan: captions, num_samples: 14, num_steps: 2")
+    assert {row["prompt"] for row in rows} <= {row["told"] for row in images.values()}
+    _, rows = drawn('plan: prompts, diagnosis: mel, samples_each: 2, prompts: ["a mole --s 2 --n blurry --d 8"]')
+    assert [(row["num_steps"], row["negative_prompt"], row["diagnosis"]) for row in rows] == [(2, "blurry", "mel")] * 2
+    assert rows[0]["seed"] == 8
+    path.write_text(before)

@@ -112,11 +112,14 @@ def _config(workspace: Workspace, recipe: str, settings: dict[str, Any]) -> Samp
     """The recipe's own settings, but for what the command says."""
     from pydantic import ValidationError
 
+    from derm_pipeline.generation import Sampling, SamplingConfig
+
     names = {"steps": "num_steps", "compiled": "compile"}
     said = {names.get(name, name): value for name, value in settings.items() if value is not None}
-    recipes_own = workspace.recipe(recipe).synthetic_dataset
+    recipes_own = workspace.recipe(recipe).synthetic_dataset.model_dump()
+    own = {name: recipes_own[name] for name in Sampling.model_fields}  # which samples, the command says itself
     try:
-        return type(recipes_own).model_validate(recipes_own.model_dump() | said)
+        return SamplingConfig.model_validate(own | said)
     except ValidationError as error:
         options = {name: option for option, name in names.items()}
         key, *_ = error.errors()[0]["loc"] or ("settings",)

@@ -35,6 +35,7 @@ from derm_pipeline.generation.plan import (
     sample_seed,
 )
 from derm_pipeline.generation.prompt_plans import (
+    PLANS,
     AnySampling,
     CaptionSampling,
     Img2ImgSampling,
@@ -50,6 +51,7 @@ from derm_pipeline.generation.told import EmbedText
 from derm_pipeline.generation.tones import tone_counts
 
 __all__ = [
+    "PLANS",
     "AnySampling",
     "Begun",
     "CaptionSampling",

@@ -56,6 +56,16 @@ class Sampling(BaseModel):
             raise ValueError(f"guidance_interval {self.guidance_interval} holds no noise level; give 0 <= low < high")
         return self
 
+    @property
+    def most_steps(self) -> int:
+        """The most steps that the settings ask for."""
+        return self.num_steps
+
+    @property
+    def least_samples(self) -> int:
+        """As many samples as the settings alone promise; a plan may find that there are more."""
+        return 1
+
 
 class SamplingConfig(Sampling):
     """Which samples a recipe asks for by their conditions, and how they are drawn."""
@@ -66,6 +76,10 @@ class SamplingConfig(Sampling):
     """Samples in all."""
     skin_types: tuple[SkinType, ...] = tuple(SkinType)
     """Skin types to ask for; none where the generator is not told the skin type."""
+
+    @property
+    def least_samples(self) -> int:
+        return self.num_samples
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from derm_pipeline.store import digest_of_file, digest_of_json
 class PromptSampling(Sampling):
     """What the plans of prompts have in common."""
 
+    plan: str
+    """Which of them."""
     num_steps: int = Field(default=50, ge=1)
     """Steps of a sample, of those that are not left out where it begins from an image."""
     guidance: float = Field(default=7.5, ge=0, allow_inf_nan=False)
@@ -41,7 +43,7 @@ class PromptSampling(Sampling):
 
     @property
     def skin_types(self) -> tuple[SkinType, ...]:
-        """Skin types that the generator is told as classes: none, its prompts say what is wanted."""
+        """Skin types that the generator is asked for by class: none, its prompts say what is wanted."""
         return ()
 
     def identity(self) -> dict[str, Any]:
@@ -62,6 +64,14 @@ class LesionGenSampling(PromptSampling):
     """The guidance that a data set draws from."""
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=NUM_STEPS, min_length=1)
     """The numbers of steps that a data set draws from."""
+
+    @property
+    def most_steps(self) -> int:
+        return max(self.steps) if self.mode == "dataset" else self.num_steps
+
+    @property
+    def least_samples(self) -> int:
+        return self.num_samples
 
     @model_validator(mode="after")
     def _says_nothing_in_vain(self) -> Self:
@@ -85,6 +95,10 @@ class PromptListSampling(PromptSampling):
     """What samples show whose prompt does not say it; None where the generator learnt one diagnosis only."""
     samples_each: int = Field(default=1, ge=1)
     """Samples of every prompt."""
+
+    @property
+    def least_samples(self) -> int:
+        return self.samples_each * max(1, len(self.prompts))
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -113,6 +127,10 @@ class CaptionSampling(PromptSampling):
     num_samples: int = Field(default=700, ge=1)
     """Samples in all, the same number of each diagnosis; each draws a caption of its diagnosis by its own seed."""
 
+    @property
+    def least_samples(self) -> int:
+        return self.num_samples
+
 
 class Img2ImgSampling(PromptSampling):
     """From Majority to Minority: every training image drawn anew on dark skin (`janet-sw/skin-diff`)."""
@@ -135,6 +153,10 @@ class Img2ImgSampling(PromptSampling):
     max_images: int | None = Field(default=None, ge=1)
     """At most so many training images, chosen by seed; None is all."""
 
+    @property
+    def least_samples(self) -> int:
+        return self.samples_each
+
     @model_validator(mode="after")
     def _takes_a_step(self) -> Self:
         if int(self.num_steps * self.strength) < 1:
@@ -142,20 +164,28 @@ class Img2ImgSampling(PromptSampling):
         return self
 
 
+PLANS = ("balanced", "fill", "lesiongen", "prompts", "captions", "img2img")
+"""The names of all plans."""
+
+
+def _plan_of(said: Any) -> Any:
+    plan = said.get("plan", "balanced") if isinstance(said, Mapping) else getattr(said, "plan", None)
+    return "balanced" if plan == "fill" else plan
+
+
 AnySampling = Annotated[
-    Annotated[SamplingConfig, Tag("conditions")]
+    Annotated[SamplingConfig, Tag("balanced")]
     | Annotated[LesionGenSampling, Tag("lesiongen")]
     | Annotated[PromptListSampling, Tag("prompts")]
     | Annotated[CaptionSampling, Tag("captions")]
     | Annotated[Img2ImgSampling, Tag("img2img")],
-    Discriminator(lambda said: _plan_of(said)),
+    Discriminator(
+        _plan_of,
+        custom_error_type="unknown_plan",
+        custom_error_message=f"plan should be one of {', '.join(PLANS)}",
+    ),
 ]
 """What a recipe's samples are asked for by, told apart by `plan`."""
-
-
-def _plan_of(said: Any) -> str:
-    plan = said.get("plan", "balanced") if isinstance(said, Mapping) else getattr(said, "plan", "balanced")
-    return plan if plan in ("lesiongen", "prompts", "captions", "img2img") else "conditions"
 
 
 @dataclass(frozen=True)

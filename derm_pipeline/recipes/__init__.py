@@ -119,11 +119,19 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`; a setting of another `kind` has other keys, so it takes the place of the whole."""
+    """`over` laid over `base`; settings of another `kind` or `plan` have other keys, so they take its whole place."""
     if "kind" in base and over.get("kind", base["kind"]) != base["kind"]:
+        return dict(over)
+    if "plan" in over and _plan(over) != _plan(base):
         return dict(over)
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
+
+
+def _plan(settings: Mapping[str, Any]) -> Any:
+    """By what samples are asked for; the two plans that ask by conditions have the same keys."""
+    plan = settings.get("plan", "balanced")
+    return "balanced" if plan == "fill" else plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -12,7 +12,7 @@ from derm_pipeline.evaluation.classifiers import ClassifierConfig
 from derm_pipeline.evaluation.fidelity import FidelityConfig
 from derm_pipeline.evaluation.groups import GroupConfig
 from derm_pipeline.evaluation.memorisation import CopyConfig
-from derm_pipeline.generation import SamplingConfig
+from derm_pipeline.generation import PLANS, AnySampling, PromptSampling, SamplingConfig
 from derm_pipeline.latents import LatentConfig
 from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig
 from derm_pipeline.models.reconstruction import ReconstructionMinimum
@@ -39,7 +39,7 @@ class Recipe(BaseModel):
     """How well training images must come back from the autoencoder before latents are made of them."""
     latents: LatentConfig = LatentConfig()
     generator: Annotated[DiTTraining | UNetTraining, Field(discriminator="kind")]
-    synthetic_dataset: SamplingConfig = SamplingConfig()
+    synthetic_dataset: AnySampling = SamplingConfig()
     classifiers: ClassifierConfig = ClassifierConfig()
     fidelity: FidelityConfig = FidelityConfig()
     copies: CopyConfig = CopyConfig()
@@ -75,18 +75,27 @@ class Recipe(BaseModel):
         if self.synthetic_dataset.image_format == "webp":
             raise ValueError("synthetic_dataset.image_format: webp is for `derm generate`; a recipe takes png or jpeg")
         _check_sampling(self)
-        told = set(self.generator.conditions)
-        asked = {"diagnosis"} | ({"skin_type"} if self.synthetic_dataset.skin_types else set())
-        if not asked <= told:
-            raise ValueError(
-                f"the samples are asked for by {' and '.join(sorted(asked))}, so generator.conditions must name that"
-                + (" (or synthetic_dataset.skin_types be [])" if "diagnosis" in told else "")
-            )
+        _check_asked(self)
         if "real" not in self.classifiers.arms:
             raise ValueError("classifiers.arms must name real: all else is held against it")
         if self.classifiers.width % 8:
             raise ValueError(f"classifiers.width {self.classifiers.width} is not a multiple of 8")
         return self
+
+
+def _check_asked(recipe: Recipe) -> None:
+    """Refuse to ask for samples by what the generator is not told."""
+    sampling, told = recipe.synthetic_dataset, set(recipe.generator.conditions)
+    if isinstance(sampling, PromptSampling):
+        if recipe.generator.text is None:
+            raise ValueError(f"synthetic_dataset.plan {sampling.plan} asks in words, so generator.text must be set")
+        return
+    asked = {"diagnosis"} | ({"skin_type"} if sampling.skin_types else set())
+    if not asked <= told:
+        raise ValueError(
+            f"the samples are asked for by {' and '.join(sorted(asked))}, so generator.conditions must name that"
+            + (" (or synthetic_dataset.skin_types be [])" if "diagnosis" in told else "")
+        )
 
 
 def check_network(recipe: Recipe, downsampling: int, channels: int) -> None:
@@ -117,13 +126,12 @@ def check_network(recipe: Recipe, downsampling: int, channels: int) -> None:
 
 def _check_sampling(recipe: Recipe) -> None:
     """Refuse samples that the trained network could not give."""
-    generator, sampling = recipe.generator, recipe.synthetic_dataset
-    if sampling.solver == "ddpm":
-        law = generator.law
-        if law.kind != "ddpm":
-            raise ValueError('synthetic_dataset.solver: "ddpm" needs generator.law {kind: ddpm}; a flow takes "dpm2m"')
-        if sampling.num_steps > law.num_steps:
-            raise ValueError(f"synthetic_dataset.num_steps {sampling.num_steps}: the law has {law.num_steps} steps")
+    generator, sampling, law = recipe.generator, recipe.synthetic_dataset, recipe.generator.law
+    if sampling.solver == "ddpm" and law.kind != "ddpm":
+        raise ValueError('synthetic_dataset.solver: "ddpm" needs generator.law {kind: ddpm}; a flow takes "dpm2m"')
+    by_time = isinstance(sampling, PromptSampling) and sampling.spacing == "time"
+    if law.kind == "ddpm" and (by_time or sampling.solver == "ddpm") and sampling.most_steps > law.num_steps:
+        raise ValueError(f"synthetic_dataset.num_steps {sampling.most_steps}: the law has {law.num_steps} steps")
     hides = max(generator.condition_dropout, generator.condition_dropout_each)
     if sampling.guidance != 1 and hides == 0:
         raise ValueError(
@@ -136,7 +144,7 @@ def explain(error: ValidationError, path: Path) -> str:
     """The first few complaints, each with its key and what is allowed there."""
     lines = []
     for complaint in error.errors()[:5]:
-        key = ".".join(str(part) for part in complaint["loc"] if part not in _KINDS)
+        key = ".".join(str(part) for part in _as_written(complaint["loc"]))
         message = complaint["msg"].removeprefix("Value error, ")
         if complaint["type"] == "extra_forbidden":
             message = f"unknown key; allowed here: {', '.join(_allowed_keys(complaint['loc'][:-1]))}"
@@ -148,17 +156,34 @@ _KINDS = {"trained", "pretrained", "dit", "unet", "flow", "ddpm"}
 """The tags of unions, which nobody wrote into a recipe as a key."""
 
 
+def _as_written(location: tuple[Any, ...]) -> list[Any]:
+    """A place in a recipe without the tags of unions."""
+    kept = [part for part in location if part not in _KINDS]
+    if kept[:1] == ["synthetic_dataset"] and kept[1:2] and kept[1] in PLANS:
+        del kept[1]
+    return kept
+
+
 def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     members: list[type[BaseModel]] = []
     for part in location:
         field = model.model_fields.get(str(part))
         if field is not None:
-            members = [found for found in (field.annotation, *get_args(field.annotation)) if _is_model(found)]
-        else:  # the kind that a union's member goes by
-            members = [found for found in members if found.model_fields["kind"].default == part]
+            members = [found for found in (field.annotation, *_members(field.annotation)) if _is_model(found)]
+        else:  # the kind, or the plan, that a union's member goes by
+            members = [found for found in members if part in _names(found)]
         model = members[0] if members else model
     return [name for name in model.model_fields if name != "name"]
+
+
+def _members(annotation: Any) -> list[Any]:
+    """What a union is made of."""
+    return [get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(annotation)]
+
+
+def _names(model: type[BaseModel]) -> list[Any]:
+    return [model.model_fields[name].default for name in ("kind", "plan") if name in model.model_fields]
 
 
 def _is_model(annotation: Any) -> bool:

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from derm_pipeline.generation import LesionGenSampling
 from derm_pipeline.models.generator import build_network
 from derm_pipeline.recipes import SHIPPED, RecipeError, load_recipe, read_recipe, recipe_files, recipe_sources
 
@@ -105,9 +106,39 @@ def test_another_kind_of_law_does_not_inherit_the_keys_of_the_first(write):
     assert (same.generator.law.time_law, same.generator.law.logit_std) == ("logit-normal", 2)
 
 
+TEXT = "generator: {text: {encoder: {model: some/encoder}}}\n"
+
+
+def test_another_plan_inherits_no_settings_of_the_first(write):
+    said = f"extends: quickstart\n{TEXT}synthetic_dataset: {{plan: lesiongen, steps: [9]}}\n"
+    sampling = load_recipe("own", write(own=said)).synthetic_dataset
+    assert isinstance(sampling, LesionGenSampling)
+    assert (sampling.steps, sampling.num_samples) == ((9,), 70)
+    further = load_recipe("more", write(own=said, more="extends: own\nsynthetic_dataset: {num_samples: 7}\n"))
+    assert further.synthetic_dataset == sampling.model_copy(update={"num_samples": 7})
+    filled = load_recipe("own", write(own="extends: quickstart\nsynthetic_dataset: {plan: fill}\n")).synthetic_dataset
+    assert (filled.plan, filled.num_steps) == ("fill", 12)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (
+            f"extends: quickstart\n{TEXT}synthetic_dataset: {{plan: img2img, mask: 3}}\n",
+            ["synthetic_dataset.mask: unknown key", "allowed here: ", "strength"],
+        ),
+        (
+            f"extends: quickstart\n{TEXT}synthetic_dataset: {{plan: prompts, prompts: [a nevus --x 3]}}\n",
+            ["synthetic_dataset.prompts: --x 3: there is no option --x"],
+        ),
+        (
+            "extends: quickstart\nsynthetic_dataset: {plan: captions}\n",
+            ["synthetic_dataset.plan captions asks in words, so generator.text must be set"],
+        ),
+        (
+            f"extends: quickstart\n{TEXT}synthetic_dataset: {{plan: lesiongen, guidance: 3}}\n",
+            ["synthetic_dataset: guidance means nothing in mode dataset: set guidances"],
+        ),
         ("extends: quickstart\nwidth: 3\n", ["width: unknown key", "allowed here: title, sources, training_set"]),
         (
             "extends: quickstart\ngenerator: {wdith: 3}\n",
@@ -118,7 +149,10 @@ def test_another_kind_of_law_does_not_inherit_the_keys_of_the_first(write):
         ("extends: quickstart\ngenerator: {law: {kind: wave}}\n", ["generator.law", "'flow', 'ddpm'"]),
         ("extends: quickstart\ngenerator: {width: many}\n", ["generator.width", "valid integer"]),
         ("extends: quickstart\nsynthetic_dataset: {num_samples: 0}\n", ["num_samples", "greater than or equal to 1"]),
-        ("extends: quickstart\nsynthetic_dataset: {plan: many}\n", ["synthetic_dataset.plan", "'balanced' or 'fill'"]),
+        (
+            "extends: quickstart\nsynthetic_dataset: {plan: many}\n",
+            ["synthetic_dataset: plan should be", "fill, lesiongen"],
+        ),
         (
             "extends: quickstart\nsources: [mars]\n",
             ["sources", "unknown source 'mars'", "phantom, ham10000"],

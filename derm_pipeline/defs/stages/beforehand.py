@@ -186,11 +186,11 @@ def _bounds(recipe: Recipe, latent: _Latent, store: Path) -> Iterator[_Bound]:
     encoded = recipe.latents.batch_size * pixels * (1 + _FLOAT_BYTES)  # as read, and for the network
     yield _Bound("latents.batch_size", encoded, memory, "a smaller batch_size, which changes no latent")
     sampling, device = recipe.synthetic_dataset, pick_device()
-    samples = sampling.num_samples * pixels
+    samples = sampling.least_samples * pixels
     yield _Bound("synthetic_dataset.num_samples", samples, memory, "fewer samples, and more with `derm generate`")
     yield _Bound("synthetic_dataset.num_samples", samples, _free_disk(store), "fewer samples or a larger disk")
     halves = 1 if sampling.guidance == 1 else 2
-    at_once = min(sampling.batch_size, sampling.num_samples)
+    at_once = min(sampling.batch_size, sampling.least_samples)
     drawn = at_once * (pixels + halves * cells) * _FLOAT_BYTES if device.type == "cuda" else at_once * pixels
     yield _Bound("synthetic_dataset.batch_size", drawn, free_bytes(device), "a smaller batch_size")
 

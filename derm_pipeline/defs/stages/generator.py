@@ -9,7 +9,8 @@ import numpy as np
 
 from derm_pipeline.defs.stages.beforehand import check_conditions, check_recipe, check_rows
 from derm_pipeline.defs.stages.data import image_files
-from derm_pipeline.defs.stages.fitting import autoencoder_of, labels_of, train_counts
+from derm_pipeline.defs.stages.fitting import autoencoder_of, labels_of
+from derm_pipeline.defs.stages.prompted import origin_inputs, origin_reader, plan_of, plan_settings
 from derm_pipeline.defs.stages.sets import TRAINING_SET, VALIDATION_SET, pixel_inputs, square_reader, squares
 from derm_pipeline.defs.stages.texts import (
     embed_captions,
@@ -266,19 +267,19 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
             f"{used['generator'].reference} learnt latents of another autoencoder than "
             f"{used['autoencoder'].reference}: materialise latents and generator again"
         )
-    inputs = {asset: artifact.reference for asset, artifact in used.items()}
-    settings = {"synthetic_dataset": recipe.synthetic_dataset.model_dump(mode="json")}
+    inputs = {asset: artifact.reference for asset, artifact in used.items()} | origin_inputs(workspace, recipe)
+    settings = {"synthetic_dataset": plan_settings(recipe)}
     request = Request("synthetic_dataset", name, inputs, settings, CODE_VERSIONS["synthetic_dataset"])
 
     def make(build: Build) -> None:
-        from derm_pipeline.generation import dataset_card, draw_samples, num_unseen, plan_samples, write_dataset
+        from derm_pipeline.generation import dataset_card, draw_samples, num_unseen, tone_counts, write_dataset
         from derm_pipeline.models.generator import GeneratorSpec
 
         config = recipe.synthetic_dataset
         spec = GeneratorSpec.load(used["generator"].directory)
         learnt = used["training_set"].table(TRAINING_SET)
-        planned = plan_samples(config, canonical(learnt["diagnosis"].to_pylist()), train_counts(learnt))
-        requests, embed_text = requests_in_words(store, used["generator"], planned)
+        requests, embed_text = requests_in_words(store, used["generator"], plan_of(recipe, learnt))
+        read_origin = origin_reader(workspace, recipe, learnt)
         images = draw_samples(
             requests,
             config,
@@ -286,6 +287,7 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
             autoencoder=used["autoencoder"].directory,
             work=build.work,
             embed_text=embed_text,
+            read_origin=read_origin,
             on_progress=on_progress,
         )
         metadata = write_dataset(
@@ -297,18 +299,21 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
             autoencoder_digest=used["autoencoder"].manifest.content_digest,
             spec=spec,
             write_bytes=build.write_bytes,
+            read_origin=read_origin,
         )
         build.write_table(METADATA, metadata)
         sources = [workspace.sources[source] for source in recipe.sources]
         licences = [f"{source.title}: {source.licence}" for source in sources]
-        unseen = num_unseen(requests, spec)
-        card = dataset_card(name, requests, licences=licences, size_px=images.shape[1], num_unseen=unseen)
+        unseen, tones = num_unseen(requests, spec), tone_counts(metadata.to_pylist())
+        size_px = (images.shape[2], images.shape[1])
+        card = dataset_card(name, requests, licences=licences, size_px=size_px, num_unseen=unseen, tones=tones)
         build.write_bytes("README.md", card.encode())
         asked = metadata["diagnosis"].to_pylist()
         build.counts.update(
             num_samples=len(requests),
             num_in_cells_without_a_training_image=unseen,
             diagnoses={diagnosis.value: asked.count(diagnosis.value) for diagnosis in canonical(asked)},
+            **tones,
         )
 
     return store.obtain(request, make)

@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from derm_pipeline.defs.stages.data import image_files
-from derm_pipeline.defs.stages.sets import square_reader
+from derm_pipeline.defs.stages.fitting import train_counts
+from derm_pipeline.defs.stages.sets import TOLD, pixel_inputs, square_reader
 from derm_pipeline.defs.workspace import Workspace
-from derm_pipeline.records import Diagnosis, SkinType
+from derm_pipeline.records import Diagnosis, SkinType, canonical
 from derm_pipeline.sources.phantom import LESION_MASKS
+from derm_pipeline.store import Reference
 
 if TYPE_CHECKING:
-    from derm_pipeline.generation import ReadOrigin, TrainingImage
+    from derm_pipeline.generation import ReadOrigin, SampleRequest, TrainingImage
     from derm_pipeline.recipes.model import Recipe
 
 
-def training_images(rows: pa.Table, caption: str) -> list[TrainingImage]:
-    """The rows of a training set, as plans know them; their captions stand in this column."""
+def plan_of(recipe: Recipe, rows: pa.Table) -> list[SampleRequest]:
+    """The samples that a recipe asks for, given its training set."""
+    from derm_pipeline.generation import plan_requests
+
+    diagnoses = canonical(rows["diagnosis"].to_pylist())
+    return plan_requests(recipe.synthetic_dataset, diagnoses, train_counts(rows), _training_images(rows))
+
+
+def plan_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings on which samples depend."""
+    from derm_pipeline.generation import PromptSampling
+
+    config = recipe.synthetic_dataset
+    return config.identity() if isinstance(config, PromptSampling) else config.model_dump(mode="json")
+
+
+def origin_inputs(workspace: Workspace, recipe: Recipe) -> dict[str, Reference]:
+    """What else than the training set decides the images that samples begin from."""
+    from derm_pipeline.generation import Img2ImgSampling
+
+    begins = isinstance(recipe.synthetic_dataset, Img2ImgSampling)
+    return pixel_inputs(workspace, recipe) if begins else {}
+
+
+def _training_images(rows: pa.Table) -> list[TrainingImage]:
+    """The rows of a training set, as plans know them, with what the generator was told of them."""
     from derm_pipeline.generation import TrainingImage
 
-    names = ["sha256", "diagnosis", "skin_type", caption]
+    names = ["sha256", "diagnosis", "skin_type", TOLD if TOLD in rows.column_names else "text"]
     return [
         TrainingImage(sha256, Diagnosis(diagnosis), SkinType(skin_type) if skin_type else None, text)
         for sha256, diagnosis, skin_type, text in zip(*(rows[name].to_pylist() for name in names), strict=True)
@@ -36,9 +62,10 @@ def origin_reader(workspace: Workspace, recipe: Recipe, rows: pa.Table) -> ReadO
     config = recipe.synthetic_dataset
     if not isinstance(config, Img2ImgSampling):
         return None
+    read = square_reader(workspace, recipe)
     return OriginImages(
         {file.sha256: file for file in image_files(workspace, rows)},
-        square_reader(workspace, recipe),
+        lambda files: read(files, None),
         geometry=recipe.latents.geometry,
         lesion=config.lesion,
         masks=_lesion_masks(workspace, rows) if config.lesion == "kept" else None,

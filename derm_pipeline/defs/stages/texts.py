@@ -106,7 +106,7 @@ def requests_in_words(
         {"modality": modalities[0]} if len(modalities) == 1 and modalities[0] else {},
     )
     told = [replace(new, text=None) if one.text == "" else new for one, new in zip(requests, told, strict=True)]
-    prompts = {request.text for request in requests if request.text}
+    prompts = {text for one in requests for text in (one.text, one.negative_prompt) if text}
 
     def embed(texts: Sequence[str]) -> Mapping[str, Tensor]:
         from derm_pipeline.models.runtime import pick_device
