@@ -13,7 +13,7 @@ from derm_pipeline.records import Diagnosis, SkinType
 from derm_pipeline.store import Artifact, Store
 
 if TYPE_CHECKING:
-    from derm_pipeline.generation import OutputFormat, SampleRequest, SamplingConfig
+    from derm_pipeline.generation import OutputFormat, SampleRequest, Sampling
     from derm_pipeline.models.generator import GeneratorSpec
 
 _FORMATS = ("png", "webp", "jpeg", "parquet", "npz", "grid")
@@ -73,8 +73,10 @@ def generate(
         raise UserError('--solver "ddpm" needs a generator of law ddpm; that of this recipe is a flow: take "dpm2m"')
     is_grid = output == "grid"
     requests = _requests(spec, diagnoses, skin_types, tell, prompt, count, config, same_noise=is_grid)
-    check_requests(requests, spec, has_text=True)
+    if spec.network.kind != "pretrained":  # what that one is asked for is words
+        check_requests(requests, spec, has_text=True)
     requests, embed_text = requests_in_words(workspace.store, made["generator"], requests)
+    check_requests(requests, spec, has_text=True)
     request = request_of(requests, config, output, recipe=recipe, **made)
     folder = (out or workspace.data / "samples" / recipe / name_of(request)).resolve()
     with progress_bars() as show:
@@ -108,18 +110,20 @@ def _networks(store: Store, recipe: str) -> dict[str, Artifact]:
     return {"generator": generator, "autoencoder": autoencoder}
 
 
-def _config(workspace: Workspace, recipe: str, settings: dict[str, Any]) -> SamplingConfig:
-    """The recipe's own settings, but for what the command says."""
+def _config(workspace: Workspace, recipe: str, settings: dict[str, Any]) -> Sampling:
+    """The recipe's own settings, but for what the command says; of a plan of prompts those of any prompt."""
     from pydantic import ValidationError
 
-    from derm_pipeline.generation import Sampling, SamplingConfig
+    from derm_pipeline.generation import PromptSampling
 
     names = {"steps": "num_steps", "compiled": "compile"}
     said = {names.get(name, name): value for name, value in settings.items() if value is not None}
-    recipes_own = workspace.recipe(recipe).synthetic_dataset.model_dump()
-    own = {name: recipes_own[name] for name in Sampling.model_fields}  # which samples, the command says itself
+    recipes_own = workspace.recipe(recipe).synthetic_dataset
+    kind: type[Sampling] = type(recipes_own)
+    if isinstance(recipes_own, PromptSampling):
+        kind = PromptSampling
     try:
-        return SamplingConfig.model_validate(own | said)
+        return kind.model_validate(recipes_own.model_dump(include=set(kind.model_fields)) | said)
     except ValidationError as error:
         options = {name: option for option, name in names.items()}
         key, *_ = error.errors()[0]["loc"] or ("settings",)
@@ -138,7 +142,7 @@ def _requests(
     tell: tuple[str, ...],
     prompt: str | None,
     count: int,
-    config: SamplingConfig,
+    config: Sampling,
     *,
     same_noise: bool,
 ) -> list[SampleRequest]:

@@ -15,12 +15,17 @@ from derm_pipeline.defs.workspace import Workspace
 @click.argument("recipe")
 @click.option("--fast", is_flag=True, help="Run the recipe's small-budget variant, RECIPE_fast.")
 @click.option(
+    "--models",
+    type=click.Choice(["tiny"]),
+    help="Try RECIPE with a tiny random base in minutes: writes <data>/recipes/RECIPE_tiny.yaml, and runs that.",
+)
+@click.option(
     "--tensorboard",
     is_flag=True,
     help="Write event files of the trainings to <data>/tensorboard (another folder: DERM_TENSORBOARD).",
 )
 @with_workspace
-def run(workspace: Workspace, recipe: str, fast: bool, tensorboard: bool) -> None:
+def run(workspace: Workspace, recipe: str, fast: bool, models: str | None, tensorboard: bool) -> None:
     """Materialise everything of RECIPE: from its sources' raw images to its report.
 
     What the store already holds is found, not made again; an interrupted run resumes where it was.
@@ -28,6 +33,8 @@ def run(workspace: Workspace, recipe: str, fast: bool, tensorboard: bool) -> Non
     from derm_pipeline.defs.stages.beforehand import check_beforehand
 
     name = f"{recipe}_fast" if fast else recipe
+    if models:
+        workspace, name = _in_miniature(workspace, name)
     check_beforehand(workspace, name)  # also an error in the recipe is said before any work
     from derm_pipeline.defs.instance import project_instance
     from derm_pipeline.defs.jobs import RecipeRun
@@ -46,6 +53,16 @@ def run(workspace: Workspace, recipe: str, fast: bool, tensorboard: bool) -> Non
         for _ in recipe_run.materialise_stages():
             pass
     click.echo("\n".join(summary_lines(workspace, name)))
+
+
+def _in_miniature(workspace: Workspace, recipe: str) -> tuple[Workspace, str]:
+    """The recipe with a tiny base, written where it is not there yet, and a workspace that knows it."""
+    from derm_pipeline.recipes.tiny import tiny_name, write_tiny_recipe
+
+    there = [source for source in workspace.sources_of(recipe) if workspace.has_files_of(source)]
+    path = write_tiny_recipe(recipe, workspace.recipe_files, workspace.data, known=workspace.sources, there=there)
+    click.echo(f"{path}: what is run; change it there, or delete it to have it written anew")
+    return replace(workspace), tiny_name(recipe)
 
 
 @click.command()

@@ -82,6 +82,23 @@ class Workspace:
             raise ValueError(f"captioner.yaml: api_key_env: the environment variable {name} is not set")
         return os.environ[name]
 
+    def has_files_of(self, source: str) -> bool:
+        """Whether images of a source are there, be they in archives; those that are drawn come when they are needed.
+
+        Raises:
+            ValueError: they are there, and cannot be read.
+        """
+        from derm_pipeline.sources.layout import NotUnpackedError
+
+        folder = self.source_folder(source)
+        try:
+            found = self.sources[source].list_images(folder)
+        except NotUnpackedError:
+            return True
+        except FileNotFoundError:
+            return False
+        return any(image.file is not None for image in found.candidates) or any(folder.glob("**/*.zip"))
+
     def source_folder(self, source: str) -> Path:
         """Where a source's files lie as they were published."""
         own = self._own_sources.get(source)

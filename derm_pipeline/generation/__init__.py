@@ -46,7 +46,7 @@ from derm_pipeline.generation.prompt_plans import (
     TrainingImage,
     plan_requests,
 )
-from derm_pipeline.generation.texts import caption_requests, text_of_requests
+from derm_pipeline.generation.texts import caption_requests, looked_up_first, text_of_requests
 from derm_pipeline.generation.told import EmbedText
 from derm_pipeline.generation.tones import tone_counts
 
@@ -84,6 +84,7 @@ __all__ = [
     "encoded",
     "generate_folder",
     "in_order",
+    "looked_up_first",
     "name_of",
     "num_train_images",
     "num_unseen",

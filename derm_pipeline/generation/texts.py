@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -74,6 +74,25 @@ def text_of_requests(requests: Sequence[SampleRequest], embeddings: Embeddings, 
     def embed_texts(wanted: list[str]) -> dict[str, Tensor]:
         rows = [row_of(text) for text in wanted]
         return {name: torch.stack([row[name].cpu() for row in rows]) for name in rows[0]}
+
+    return embed_texts
+
+
+def looked_up_first(embeddings: Embeddings | None, load: Callable[[], EmbedText]) -> EmbedText:
+    """A text encoder that looks into the embeddings of the training texts first, and is loaded when a text is new.
+
+    Args:
+        embeddings: What the generator learnt from; None where it is told otherwise by now.
+        load: Called once at most.
+    """
+    loaded: list[EmbedText] = []
+
+    def embed_texts(wanted: list[str]) -> Mapping[str, Tensor]:
+        if embeddings is not None and all(text in embeddings for text in wanted):
+            return embeddings.gather(embeddings.rows_of(wanted))
+        if not loaded:
+            loaded.append(load())
+        return loaded[0](wanted)
 
     return embed_texts
 

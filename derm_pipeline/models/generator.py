@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, TypeAdapter
@@ -33,6 +33,9 @@ from derm_pipeline.models.runtime import load_weights, save_weights
 from derm_pipeline.models.unet import UNet, UNetConfig
 from derm_pipeline.records import SkinType
 from derm_pipeline.store import replacing, write_json
+
+if TYPE_CHECKING:
+    from derm_pipeline.models.pretrained.base import Base
 
 Classes = Mapping[str, tuple[str, ...]]
 """Every condition that a generator is told, and its classes in order; the null class follows them."""
@@ -180,8 +183,8 @@ def load_network(folder: Path, device: torch.device, *, averaged: bool = True) -
     return spec, network.to(device).eval()
 
 
-def load_embedder(folder: Path, device: torch.device | None = None) -> Embed:
-    """What the network in this folder is told of texts: by its base's text encoders, as they were trained with it.
+def load_text(folder: Path, device: torch.device | None = None) -> Base:
+    """The text side of the base of the network in this folder, as it was trained with it.
 
     Raises:
         FileNotFoundError: the base no longer lies where it was.
@@ -192,9 +195,15 @@ def load_embedder(folder: Path, device: torch.device | None = None) -> Embed:
     config = GeneratorSpec.load(folder).network
     if not isinstance(config, PretrainedNetworkConfig):
         raise ValueError(f"the generator in {folder} is no pretrained one: no base makes embeddings of its texts")
-    base = load_base_of(config.base, device, parts=_TEXT)
+    parts: tuple[Part, ...] = ("text",)
+    base = load_base_of(config.base, device, parts=parts)
     put_text(folder, base.text_encoders, base.tokenizers)
-    return base.embed
+    return base
+
+
+def load_embedder(folder: Path, device: torch.device | None = None) -> Embed:
+    """What the network in this folder is told of texts; see `load_text` for what it raises."""
+    return load_text(folder, device).embed
 
 
 def save_autoencoder(model: AnyAutoencoder, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -12,12 +12,14 @@ from derm_pipeline.evaluation.classifiers import ClassifierConfig
 from derm_pipeline.evaluation.fidelity import FidelityConfig
 from derm_pipeline.evaluation.groups import GroupConfig
 from derm_pipeline.evaluation.memorisation import CopyConfig
-from derm_pipeline.generation import PLANS, AnySampling, PromptSampling, SamplingConfig
+from derm_pipeline.generation import AnySampling, PromptSampling, SamplingConfig
 from derm_pipeline.latents import LatentConfig
+from derm_pipeline.models.pretrained.config import BaseVaeConfig
 from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig
 from derm_pipeline.models.reconstruction import ReconstructionMinimum
 from derm_pipeline.recipes import NAME
 from derm_pipeline.sources import SOURCES
+from derm_pipeline.training.fine_tuning_settings import FineTuning
 from derm_pipeline.training.settings import AutoencoderTraining, DiTTraining, UNetTraining
 from derm_pipeline.training.training_set import TrainingSetConfig
 
@@ -34,11 +36,11 @@ class Recipe(BaseModel):
     sources: tuple[str, ...] = Field(min_length=1)
     """The datasets that it sees."""
     training_set: TrainingSetConfig = TrainingSetConfig()
-    autoencoder: Annotated[AutoencoderTraining | PretrainedVaeConfig, Field(discriminator="kind")]
+    autoencoder: Annotated[AutoencoderTraining | PretrainedVaeConfig | BaseVaeConfig, Field(discriminator="kind")]
     reconstruction: ReconstructionMinimum = ReconstructionMinimum()
     """How well training images must come back from the autoencoder before latents are made of them."""
     latents: LatentConfig = LatentConfig()
-    generator: Annotated[DiTTraining | UNetTraining, Field(discriminator="kind")]
+    generator: Annotated[DiTTraining | UNetTraining | FineTuning, Field(discriminator="kind")]
     synthetic_dataset: AnySampling = SamplingConfig()
     classifiers: ClassifierConfig = ClassifierConfig()
     fidelity: FidelityConfig = FidelityConfig()
@@ -67,39 +69,54 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         """What would otherwise fail in a later stage, after the work of the earlier ones."""
-        if isinstance(self.autoencoder, PretrainedVaeConfig):  # its files say, when they are read; most are so
+        if isinstance(self.generator, FineTuning):
+            _check_fine_tuning(self)
+        elif isinstance(self.autoencoder, BaseVaeConfig):
+            raise ValueError(
+                "autoencoder: kind base goes with a generator of kind pretrained; take trained or pretrained"
+            )
+        elif isinstance(self.autoencoder, PretrainedVaeConfig):  # its files say, when they are read; most are so
             check_network(self, downsampling=8, channels=4)
         else:
             network = self.autoencoder.network
             check_network(self, network.downsampling, network.latent_channels)
         if self.synthetic_dataset.image_format == "webp":
             raise ValueError("synthetic_dataset.image_format: webp is for `derm generate`; a recipe takes png or jpeg")
-        _check_sampling(self)
-        _check_asked(self)
+        if not isinstance(self.generator, FineTuning):
+            _check_sampling(self, self.generator)
+            _check_asked(self, self.generator)
         if "real" not in self.classifiers.arms:
             raise ValueError("classifiers.arms must name real: all else is held against it")
         if self.classifiers.width % 8:
             raise ValueError(f"classifiers.width {self.classifiers.width} is not a multiple of 8")
         return self
 
+    @property
+    def told_caption(self) -> str | None:
+        """The style of the captions that the generator is told; None where it is told none."""
+        if isinstance(self.generator, FineTuning):
+            return self.training_set.caption
+        text = self.generator.text
+        return None if text is None else text.caption or self.training_set.caption
 
-def _check_asked(recipe: Recipe) -> None:
-    """Refuse to ask for samples by what the generator is not told."""
-    sampling, told = recipe.synthetic_dataset, set(recipe.generator.conditions)
-    if isinstance(sampling, PromptSampling):
-        if recipe.generator.text is None:
-            raise ValueError(f"synthetic_dataset.plan {sampling.plan} asks in words, so generator.text must be set")
-        return
-    asked = {"diagnosis"} | ({"skin_type"} if sampling.skin_types else set())
-    if not asked <= told:
-        raise ValueError(
-            f"the samples are asked for by {' and '.join(sorted(asked))}, so generator.conditions must name that"
-            + (" (or synthetic_dataset.skin_types be [])" if "diagnosis" in told else "")
-        )
+    def resolved_autoencoder(self) -> AutoencoderTraining | PretrainedVaeConfig:
+        """The autoencoder's settings: the base's own, where the recipe says so, found by the base's files.
+
+        Raises:
+            FileNotFoundError, ValueError: the base is not there, or cannot be used.
+        """
+        choice = self.autoencoder
+        if not isinstance(choice, BaseVaeConfig):
+            return choice
+        from derm_pipeline.models.pretrained.base import vae_config
+
+        assert isinstance(self.generator, FineTuning)  # as checked
+        found = vae_config(self.generator.base)
+        return found if choice.dtype is None else found.model_copy(update={"dtype": choice.dtype})
 
 
 def check_network(recipe: Recipe, downsampling: int, channels: int) -> None:
-    """Refuse a generator that does not fit the latents of its autoencoder.
+    """Refuse a generator that does not fit the latents of its autoencoder; a base's is checked when it is found.
 
     Args:
         recipe: Whose generator.
@@ -109,24 +126,37 @@ def check_network(recipe: Recipe, downsampling: int, channels: int) -> None:
     Raises:
         ValueError: with what would fit.
     """
-    size_px = recipe.latents.size_px
-    patch = recipe.generator.patch if isinstance(recipe.generator, DiTTraining) else 1
+    size_px, generator = recipe.latents.size_px, recipe.generator
+    patch = generator.patch if isinstance(generator, DiTTraining) else 1
     if size_px % (downsampling * patch):
         raise ValueError(
             f"latents.size_px {size_px} is not a multiple of {downsampling * patch} (the autoencoder's downsampling "
-            f"{downsampling} x generator.patch {patch})"
+            f"{downsampling}{'' if isinstance(generator, FineTuning) else f' x generator.patch {patch}'})"
         )
+    if isinstance(generator, FineTuning):
+        return
     try:
-        told: dict[str, int] = dict.fromkeys(recipe.generator.conditions, 1)
-        recipe.generator.network(size_px // downsampling, channels, told, text_width=1)  # a text's, its files say
+        told: dict[str, int] = dict.fromkeys(generator.conditions, 1)
+        generator.network(size_px // downsampling, channels, told, text_width=1)  # a text's, its files say
     except ValidationError as error:
         said = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
         raise ValueError(f"generator: {said}") from error
 
 
-def _check_sampling(recipe: Recipe) -> None:
+def _check_fine_tuning(recipe: Recipe) -> None:
+    """Refuse what a generator of a pretrained base could not do."""
+    if isinstance(recipe.autoencoder, AutoencoderTraining):
+        raise ValueError("autoencoder: a pretrained generator knows the latents of its base: take {kind: base}")
+    if not isinstance(recipe.synthetic_dataset, PromptSampling):
+        raise ValueError(
+            f"synthetic_dataset.plan {recipe.synthetic_dataset.plan}: a pretrained generator is told texts only: take "
+            "lesiongen, prompts, captions or img2img"
+        )
+
+
+def _check_sampling(recipe: Recipe, generator: DiTTraining | UNetTraining) -> None:
     """Refuse samples that the trained network could not give."""
-    generator, sampling, law = recipe.generator, recipe.synthetic_dataset, recipe.generator.law
+    sampling, law = recipe.synthetic_dataset, generator.law
     if sampling.solver == "ddpm" and law.kind != "ddpm":
         raise ValueError('synthetic_dataset.solver: "ddpm" needs generator.law {kind: ddpm}; a flow takes "dpm2m"')
     by_time = isinstance(sampling, PromptSampling) and sampling.spacing == "time"
@@ -140,51 +170,57 @@ def _check_sampling(recipe: Recipe) -> None:
         )
 
 
+def _check_asked(recipe: Recipe, generator: DiTTraining | UNetTraining) -> None:
+    """Refuse to ask for samples by what the generator is not told."""
+    sampling, told = recipe.synthetic_dataset, set(generator.conditions)
+    if isinstance(sampling, PromptSampling):
+        if generator.text is None:
+            raise ValueError(f"synthetic_dataset.plan {sampling.plan} asks in words, so generator.text must be set")
+        return
+    asked = {"diagnosis"} | ({"skin_type"} if sampling.skin_types else set())
+    if not asked <= told:
+        raise ValueError(
+            f"the samples are asked for by {' and '.join(sorted(asked))}, so generator.conditions must name that"
+            + (" (or synthetic_dataset.skin_types be [])" if "diagnosis" in told else "")
+        )
+
+
 def explain(error: ValidationError, path: Path) -> str:
     """The first few complaints, each with its key and what is allowed there."""
     lines = []
     for complaint in error.errors()[:5]:
-        key = ".".join(str(part) for part in _as_written(complaint["loc"]))
+        keys, _ = _walked(complaint["loc"])
         message = complaint["msg"].removeprefix("Value error, ")
         if complaint["type"] == "extra_forbidden":
-            message = f"unknown key; allowed here: {', '.join(_allowed_keys(complaint['loc'][:-1]))}"
+            _, model = _walked(complaint["loc"][:-1])
+            allowed = ", ".join(name for name in model.model_fields if name != "name")
+            message = f"unknown key; allowed here: {allowed}"
+        key = ".".join(keys)
         lines.append(f"{path}: {key + ': ' if key else ''}{message}")
     return "\n".join(lines)
 
 
-_KINDS = {"trained", "pretrained", "dit", "unet", "flow", "ddpm"}
-"""The tags of unions, which nobody wrote into a recipe as a key."""
-
-
-def _as_written(location: tuple[Any, ...]) -> list[Any]:
-    """A place in a recipe without the tags of unions."""
-    kept = [part for part in location if part not in _KINDS]
-    if kept[:1] == ["synthetic_dataset"] and kept[1:2] and kept[1] in PLANS:
-        del kept[1]
-    return kept
-
-
-def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    members: list[type[BaseModel]] = []
+def _walked(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The keys of a location, without the tags of unions (which nobody wrote as a key), and the model it lies in."""
+    members: list[type[BaseModel]] = [Recipe]
+    keys = []
     for part in location:
-        field = model.model_fields.get(str(part))
+        if isinstance(part, str) and len(members) > 1:  # the tag that a union's member goes by
+            members = [found for found in members if part in _tags_of(found)] or members[:1]
+            continue
+        keys.append(str(part))
+        field = members[0].model_fields.get(str(part)) if members else None
         if field is not None:
-            members = [found for found in (field.annotation, *_members(field.annotation)) if _is_model(found)]
-        else:  # the kind, or the plan, that a union's member goes by
-            members = [found for found in members if part in _names(found)]
-        model = members[0] if members else model
-    return [name for name in model.model_fields if name != "name"]
+            members = _models_in(field.annotation) or members
+    return keys, members[0]
 
 
-def _members(annotation: Any) -> list[Any]:
-    """What a union is made of."""
-    return [get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(annotation)]
-
-
-def _names(model: type[BaseModel]) -> list[Any]:
+def _tags_of(model: type[BaseModel]) -> list[Any]:
     return [model.model_fields[name].default for name in ("kind", "plan") if name in model.model_fields]
 
 
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a type is made of, on its outermost level."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

@@ -154,6 +154,11 @@ class FineTuning(BaseModel):
     """Samples that are drawn on the way, as often as each stage's `samples_every_steps` says; null: none."""
 
     @property
+    def conditions(self) -> tuple[str, ...]:
+        """Classes that it is told: none."""
+        return ()
+
+    @property
     def training(self) -> TrainingConfig:
         """Of the last stage."""
         return self.stages[-1].training

@@ -10,6 +10,8 @@ from derm_pipeline.models.generator import build_network
 from derm_pipeline.recipes import SHIPPED, RecipeError, load_recipe, read_recipe, recipe_files, recipe_sources
 
 SHIPPED_NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+OF_A_BASE = {"lesiongen_full", "lesiongen_lora", "med_art", "med_art_derm", "melanoma_sdxl", "skin_diff"}
+FROM_SCRATCH = sorted(set(SHIPPED_NAMES) - OF_A_BASE)
 
 
 @pytest.fixture
@@ -236,7 +238,7 @@ def test_the_recipes_of_published_networks_have_their_number_of_weights(name, nu
     assert num_parameters(network) == num_weights
 
 
-@pytest.mark.parametrize("name", SHIPPED_NAMES)
+@pytest.mark.parametrize("name", FROM_SCRATCH)
 def test_a_shipped_recipe_fits_its_autoencoder_and_has_the_number_of_weights_that_its_comment_says(name):
     recipe, text = load_recipe(name, recipe_files()), (SHIPPED / f"{name}.yaml").read_text()
     choice = recipe.autoencoder
@@ -267,4 +269,38 @@ def test_a_u_net_takes_the_place_of_the_transformer_with_settings_of_its_own(wri
     assert recipe.generator.network(32, 4, {"diagnosis": 7}).kind == "unet"
     files = write(own="extends: ldm\ngenerator: {patch: 2}\n")
     with pytest.raises(RecipeError, match="generator.patch: unknown key; allowed here: .*widths"):
+        load_recipe("own", files)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("generator: {bse: {model: x}}", ["generator.bse: unknown key", "base, stages"]),
+        ("generator: {base: {mdoel: x}}", ["generator.base.mdoel: unknown key", "model, family"]),
+        ("generator: {stages: []}", ["generator.stages", "at least 1"]),
+        (
+            "generator: {stages: [{kind: lora, training: {}}]}",
+            ["generator.stages.0.training.batch_size: Field required"],
+        ),
+        (
+            "generator: {stages: [{kind: full, dora: true, training: {num_steps: 1, batch_size: 1, lr: 1}}]}",
+            ["generator.stages.0.dora: unknown key; allowed here: training, kind"],
+        ),
+        ("generator: {stages: [{kind: dreambooth}]}", ["generator.stages.0", "'lora', 'full', 'inversion'"]),
+        ("autoencoder: {kind: trained, training: {num_steps: 1, batch_size: 1, lr: 1}}", ["take {kind: base}"]),
+        ("synthetic_dataset: {plan: balanced}", ["synthetic_dataset.plan balanced", "lesiongen, prompts, captions"]),
+        ("synthetic_dataset: {plan: prompts, promts: []}", ["synthetic_dataset.promts: unknown key", "prompts, file"]),
+    ],
+)
+def test_a_wrong_recipe_of_a_base_is_an_error_that_names_the_key_as_it_is_written(write, text, words):
+    files = write(own=f"extends: lesiongen_lora\n{text}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("own", files)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+
+
+def test_a_base_has_no_autoencoder_to_lend_to_a_generator_from_scratch(write):
+    files = write(own="extends: quickstart\nautoencoder: {kind: base}\n")
+    with pytest.raises(RecipeError, match="kind base goes with a generator of kind pretrained"):
         load_recipe("own", files)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from derm_pipeline.defs.stages.fitting import values_of
+from derm_pipeline.defs.stages.fitting import stage_settings, values_of
 from derm_pipeline.defs.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -124,13 +124,10 @@ def check_conditions(recipe: Recipe, rows: pa.Table) -> None:
 
 def _is_made(workspace: Workspace, recipe: Recipe, stage: str) -> bool:
     """Whether the stage's current artifact has the recipe's settings of it."""
-    from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig
-
     if not workspace.store.has(stage, recipe.name):
         return False
-    config = getattr(recipe, stage)
     try:
-        wanted = config.identity() if isinstance(config, PretrainedVaeConfig) else config.model_dump(mode="json")
+        wanted = stage_settings(recipe, stage)[stage]
     except (FileNotFoundError, ValueError):
         return False  # `check_recipe` says what is wrong with its files
     return bool(workspace.store.current(stage, recipe.name).manifest.settings.get(stage) == wanted)
@@ -147,22 +144,23 @@ def _latent_of(recipe: Recipe) -> _Latent:
 
     from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig, load_pretrained_vae
 
-    choice = recipe.autoencoder
-    if not isinstance(choice, PretrainedVaeConfig):
-        return _Latent(choice.network.downsampling, choice.network.latent_channels, _text_width_of(recipe))
+    key = "generator.base" if recipe.autoencoder.kind == "base" else "autoencoder.model"
     try:
+        choice = recipe.resolved_autoencoder()
+        if not isinstance(choice, PretrainedVaeConfig):
+            return _Latent(choice.network.downsampling, choice.network.latent_channels, _text_width_of(recipe))
         found = load_pretrained_vae(choice, torch.device("cpu")).config
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"recipe {recipe.name}: autoencoder.model: {error}") from error
+        raise FileNotFoundError(f"recipe {recipe.name}: {key}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"recipe {recipe.name}: autoencoder.model: {error}") from error
+        raise ValueError(f"recipe {recipe.name}: {key}: {error}") from error
     return _Latent(found.downsampling, found.latent_channels, _text_width_of(recipe))
 
 
 def _text_width_of(recipe: Recipe) -> int:
     from derm_pipeline.models.text_encoder import text_width
 
-    text = recipe.generator.text
+    text = None if recipe.generator.kind == "pretrained" else recipe.generator.text
     try:
         return 0 if text is None else text_width(text.encoder)
     except FileNotFoundError as error:
@@ -202,14 +200,15 @@ def _weights_of(recipe: Recipe, latent: _Latent) -> dict[str, int]:
     from derm_pipeline.models.generator import build_network, obtain_autoencoder
     from derm_pipeline.training.settings import AutoencoderTraining
 
-    conditions: dict[str, int] = dict.fromkeys(recipe.generator.conditions, 10)
-    side = recipe.latents.size_px // latent.downsampling
-    shape = recipe.generator.network(side, latent.channels, conditions, text_width=latent.text_width)
-    networks: dict[str, nn.Module] = {}
+    config, networks = recipe.generator, dict[str, "nn.Module"]()
     with torch.device("meta"):  # takes no memory
         if isinstance(recipe.autoencoder, AutoencoderTraining):
             networks["autoencoder"] = obtain_autoencoder(recipe.autoencoder.network, torch.device("meta"))
-        networks["generator"] = build_network(shape)
+        if config.kind != "pretrained":
+            conditions: dict[str, int] = dict.fromkeys(config.conditions, 10)
+            side = recipe.latents.size_px // latent.downsampling
+            shape = config.network(side, latent.channels, conditions, text_width=latent.text_width)
+            networks["generator"] = build_network(shape)
     return {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
 
 
@@ -234,14 +233,23 @@ def _refuse(recipe: Recipe, bounds: Iterator[_Bound] | tuple[_Bound, ...]) -> No
 
 
 def _rehearse(recipe: Recipe, latent: _Latent, stages: tuple[str, ...] | list[str]) -> None:
+    from derm_pipeline.training.fine_tuning_rehearsal import rehearse_fine_tuning
     from derm_pipeline.training.rehearsal import rehearse_autoencoder, rehearse_generator
     from derm_pipeline.training.settings import AutoencoderTraining
 
-    size_px = recipe.latents.size_px
+    size_px, config = recipe.latents.size_px, recipe.generator
+    side = size_px // latent.downsampling
+    if config.kind == "pretrained":
+        if "generator" in stages:
+            try:
+                rehearse_fine_tuning(config, side)
+            except ValueError as error:
+                raise ValueError(f"recipe {recipe.name}: generator: {error}") from error
+        return
     for stage in stages:
         try:
             if stage == "generator":
-                rehearse_generator(recipe.generator, size_px // latent.downsampling, latent.channels, latent.text_width)
+                rehearse_generator(config, side, latent.channels, latent.text_width)
             if stage == "autoencoder" and isinstance(recipe.autoencoder, AutoencoderTraining):
                 rehearse_autoencoder(recipe.autoencoder, size_px)
         except ValueError as error:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from derm_pipeline.generation import Cell
     from derm_pipeline.models.generator import Classes
+    from derm_pipeline.recipes.model import Recipe
 
 
 def autoencoder_of(store: Store, generator: Artifact) -> Reference:
@@ -35,6 +36,25 @@ def latents_of(store: Store, generator: Artifact) -> Artifact:
     if latents is None:
         raise StoreError(f"the latents of {generator.reference} are not in {store.root} any more: run the recipe again")
     return latents
+
+
+def stage_settings(recipe: Recipe, stage: str) -> dict[str, object]:
+    """What a recipe says of its autoencoder, generator or synthetic dataset, as their artifacts keep it.
+
+    Files count by what they hold, not by where they lie: a pretrained autoencoder, a base, prompts.
+
+    Raises:
+        FileNotFoundError, ValueError: such files are not there, or cannot be used.
+    """
+    from derm_pipeline.generation import PromptSampling
+    from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig
+    from derm_pipeline.training.fine_tuning_settings import FineTuning
+
+    config = recipe.resolved_autoencoder() if stage == "autoencoder" else getattr(recipe, stage)
+    if isinstance(config, PretrainedVaeConfig | PromptSampling):
+        return {stage: config.identity()}
+    said = config.model_dump(mode="json")
+    return {stage: said | {"base": config.base.identity()} if isinstance(config, FineTuning) else said}
 
 
 def labels_of(table: pa.Table, classes: Classes) -> dict[str, Tensor]:

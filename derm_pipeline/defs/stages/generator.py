@@ -9,8 +9,9 @@ import numpy as np
 
 from derm_pipeline.defs.stages.beforehand import check_conditions, check_recipe, check_rows
 from derm_pipeline.defs.stages.data import image_files
-from derm_pipeline.defs.stages.fitting import autoencoder_of, labels_of
-from derm_pipeline.defs.stages.prompted import origin_inputs, origin_reader, plan_of, plan_settings
+from derm_pipeline.defs.stages.fine_tuning import make_fine_tuned
+from derm_pipeline.defs.stages.fitting import autoencoder_of, labels_of, stage_settings
+from derm_pipeline.defs.stages.prompted import origin_inputs, origin_reader, plan_of
 from derm_pipeline.defs.stages.sets import TRAINING_SET, VALIDATION_SET, pixel_inputs, square_reader, squares
 from derm_pipeline.defs.stages.texts import (
     embed_captions,
@@ -60,7 +61,7 @@ def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) 
     recipe, store = workspace.recipe(name), workspace.store
     rows = store.current("training_set", name)
     settings = {
-        "autoencoder": _autoencoder_settings(recipe),
+        **stage_settings(recipe, "autoencoder"),
         "pixels": _pixel_settings(recipe.latents),
         "remove_hair": recipe.training_set.remove_hair,
     }
@@ -74,6 +75,7 @@ def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) 
 
         from derm_pipeline.latents import to_model_range
         from derm_pipeline.models.generator import obtain_autoencoder, save_autoencoder
+        from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig
         from derm_pipeline.models.reconstruction import measure_reconstruction
         from derm_pipeline.models.runtime import pick_device
         from derm_pipeline.training.objectives import reconstruct, train_autoencoder
@@ -98,7 +100,9 @@ def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) 
                 )
             write_losses(build, trained, recipe.autoencoder.training, 0 if held_out is None else len(held_out))
         else:
-            model = obtain_autoencoder(recipe.autoencoder, pick_device())
+            choice = recipe.resolved_autoencoder()
+            assert isinstance(choice, PretrainedVaeConfig)
+            model = obtain_autoencoder(choice, pick_device())
             write_losses(build, None, None, 0)
         some = to_model_range(torch.from_numpy(images[:: max(1, len(images) // 256)]))
         found = measure_reconstruction(reconstruct(model, some), some)
@@ -110,14 +114,6 @@ def autoencoder(workspace: Workspace, name: str, on_step: OnStep | None = None) 
         )
 
     return store.obtain(request, make)
-
-
-def _autoencoder_settings(recipe: Recipe) -> dict[str, object]:
-    """A pretrained autoencoder counts by what its files hold, one that is trained here by its settings."""
-    from derm_pipeline.models.pretrained_vae import PretrainedVaeConfig
-
-    config = recipe.autoencoder
-    return config.identity() if isinstance(config, PretrainedVaeConfig) else config.model_dump(mode="json")
 
 
 def _pixel_settings(config: LatentConfig) -> dict[str, object]:
@@ -193,58 +189,75 @@ def _same_encoder(build: Build, encoder: Artifact, folder: str) -> Path | None:
 
 
 def generator(workspace: Workspace, name: str, on_step: OnStep | None = None) -> Artifact:
-    """The generator: weights, their moving average, what it is, and its loss curve."""
+    """The generator: weights, their moving average, what it is, and its loss curve; of a base what was trained."""
     recipe, store = workspace.recipe(name), workspace.store
     used = {asset: store.current(asset, name) for asset in ("training_set", "validation_set", "latents")}
     rows, held_out, moments = used.values()
     inputs = {asset: artifact.reference for asset, artifact in used.items()}
-    settings = {"generator": recipe.generator.model_dump(mode="json")}
-    request = Request("generator", name, inputs, settings, CODE_VERSIONS["generator"])
+    request = Request("generator", name, inputs, stage_settings(recipe, "generator"), CODE_VERSIONS["generator"])
 
     def make(build: Build) -> None:
         from derm_pipeline.latents import open_moments
-        from derm_pipeline.models.conditions import condition_classes
-        from derm_pipeline.models.runtime import save_weights
-        from derm_pipeline.training.objectives import train_generator
-        from derm_pipeline.training.stopping import stop_on_signal
 
-        table = rows.table(TRAINING_SET)
+        table, watched = rows.table(TRAINING_SET), held_out.table(VALIDATION_SET)
         check_conditions(recipe, table)
         _check_latents(store, name, moments)
-        names = list(dict.fromkeys(("diagnosis", *recipe.generator.conditions)))
-        classes = condition_classes(names, canonical(table["diagnosis"].to_pylist()))
-        digests, tensors = open_moments(moments.directory)
+        digests, _ = open_moments(moments.directory)
         if digests != table["sha256"].to_pylist():
             raise ValueError(f"the latents of {name} are not those of its training set: materialise latents again")
-        watched, text = held_out.table(VALIDATION_SET), embeddings_of(moments)
-        labels = labels_of(table, classes) | text_rows(text, table)
-        watched_labels = labels_of(watched, classes) | text_rows(text, watched)
-        watched_moments = validation_moments(moments, watched)
-        with stop_on_signal() as stop_when:
-            spec, model, trained = train_generator(
-                tensors,
-                labels,
-                classes,
-                recipe.generator,
-                work=build.work,
-                text=text,
-                held_out=None if watched_moments is None else (watched_moments, watched_labels),
-                on_progress=on_step,
-                on_samples=grid_writer(build, recipe.generator, labels, text, moments, workspace),
-                stop_when=stop_when,
-                tensorboard=event_folder(workspace, name, "generator"),
-            )
-        spec.save(build.directory)
-        save_weights(build.path("weights.safetensors"), model.state_dict())
-        if trained.ema is not None:
-            save_weights(build.path("ema.safetensors"), trained.ema)
-        write_losses(build, trained, recipe.generator.training, watched.num_rows)
-        build.counts.update(
-            num_weights=sum(weight.numel() for weight in model.parameters()),
-            final_loss=round(float(np.mean(trained.losses[-100:])), 4),
-        )
+        make_one = make_fine_tuned if recipe.generator.kind == "pretrained" else _make_from_scratch
+        make_one(workspace, recipe, build, moments, table, watched, on_step)
 
     return store.obtain(request, make)
+
+
+def _make_from_scratch(
+    workspace: Workspace,
+    recipe: Recipe,
+    build: Build,
+    moments: Artifact,
+    table: pa.Table,
+    watched: pa.Table,
+    on_step: OnStep | None,
+) -> None:
+    from derm_pipeline.latents import open_moments
+    from derm_pipeline.models.conditions import condition_classes
+    from derm_pipeline.models.runtime import save_weights
+    from derm_pipeline.training.objectives import train_generator
+    from derm_pipeline.training.settings import GeneratorTraining
+    from derm_pipeline.training.stopping import stop_on_signal
+
+    config = recipe.generator
+    assert isinstance(config, GeneratorTraining)
+    names = list(dict.fromkeys(("diagnosis", *config.conditions)))
+    classes = condition_classes(names, canonical(table["diagnosis"].to_pylist()))
+    text = embeddings_of(moments)
+    labels = labels_of(table, classes) | text_rows(text, table)
+    watched_labels = labels_of(watched, classes) | text_rows(text, watched)
+    watched_moments = validation_moments(moments, watched)
+    with stop_on_signal() as stop_when:
+        spec, model, trained = train_generator(
+            open_moments(moments.directory)[1],
+            labels,
+            classes,
+            config,
+            work=build.work,
+            text=text,
+            held_out=None if watched_moments is None else (watched_moments, watched_labels),
+            on_progress=on_step,
+            on_samples=grid_writer(build, config, labels, text, moments, workspace),
+            stop_when=stop_when,
+            tensorboard=event_folder(workspace, recipe.name, "generator"),
+        )
+    spec.save(build.directory)
+    save_weights(build.path("weights.safetensors"), model.state_dict())
+    if trained.ema is not None:
+        save_weights(build.path("ema.safetensors"), trained.ema)
+    write_losses(build, trained, config.training, watched.num_rows)
+    build.counts.update(
+        num_weights=sum(weight.numel() for weight in model.parameters()),
+        final_loss=round(float(np.mean(trained.losses[-100:])), 4),
+    )
 
 
 def _check_latents(store: Store, name: str, moments: Artifact) -> None:
@@ -268,7 +281,7 @@ def synthetic_dataset(workspace: Workspace, name: str, on_progress: OnProgress |
             f"{used['autoencoder'].reference}: materialise latents and generator again"
         )
     inputs = {asset: artifact.reference for asset, artifact in used.items()} | origin_inputs(workspace, recipe)
-    settings = {"synthetic_dataset": plan_settings(recipe)}
+    settings = stage_settings(recipe, "synthetic_dataset")
     request = Request("synthetic_dataset", name, inputs, settings, CODE_VERSIONS["synthetic_dataset"])
 
     def make(build: Build) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -26,14 +26,6 @@ def plan_of(recipe: Recipe, rows: pa.Table) -> list[SampleRequest]:
 
     diagnoses = canonical(rows["diagnosis"].to_pylist())
     return plan_requests(recipe.synthetic_dataset, diagnoses, train_counts(rows), _training_images(rows))
-
-
-def plan_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings on which samples depend."""
-    from derm_pipeline.generation import PromptSampling
-
-    config = recipe.synthetic_dataset
-    return config.identity() if isinstance(config, PromptSampling) else config.model_dump(mode="json")
 
 
 def origin_inputs(workspace: Workspace, recipe: Recipe) -> dict[str, Reference]:

@@ -170,10 +170,8 @@ def _captions(workspace: Workspace, recipe: Recipe, style: str) -> _Captions:
 
 def _told_captions(workspace: Workspace, recipe: Recipe) -> _Captions:
     """Those that the recipe's generator is told; none by most recipes."""
-    text = recipe.generator.text
-    if text is None:
-        return _Captions(None, {})
-    return _captions(workspace, recipe, text.caption or recipe.training_set.caption)
+    style = recipe.told_caption
+    return _Captions(None, {}) if style is None else _captions(workspace, recipe, style)
 
 
 def _inputs_by_source(workspace: Workspace, recipe: Recipe, asset: str) -> dict[str, Reference]:

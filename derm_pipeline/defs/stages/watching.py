@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from derm_pipeline.defs.stages.sets import VALIDATION_SET, squares
 from derm_pipeline.images import Pixels, decode, encode_jpeg, read_bytes
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
     from derm_pipeline.defs.workspace import Workspace
     from derm_pipeline.latents import Embeddings, Moments
-    from derm_pipeline.models.generator import GeneratorSpec, Network
+    from derm_pipeline.models.generator import AnyAutoencoder, GeneratorSpec, Network
     from derm_pipeline.recipes.model import Recipe
     from derm_pipeline.training.config import TrainingConfig
+    from derm_pipeline.training.fine_tuned import FineTuned
+    from derm_pipeline.training.fine_tuning_settings import FineTuning
     from derm_pipeline.training.loop import Trained
     from derm_pipeline.training.settings import GeneratorTraining
 
@@ -80,6 +83,29 @@ def write_losses(build: Build, trained: Trained | None, config: TrainingConfig |
     )
 
 
+def write_stage_losses(build: Build, tuned: FineTuned, config: FineTuning, num_held_out: int) -> None:
+    """Write the curve of all stages, one after the other, and count what it is of."""
+    from derm_pipeline.training.curve import images_per_s, loss_table
+
+    tables, steps, images = [], 0, 0
+    for stage, trained in zip(config.stages, tuned.stages, strict=True):
+        table = loss_table(trained.losses, trained.validation, stage.training)
+        for name, before in (("step", steps), ("num_images", images)):
+            moved = pc.add(table[name], pa.scalar(before, table.schema.field(name).type))
+            table = table.set_column(table.column_names.index(name), table.schema.field(name), moved)
+        tables.append(table)
+        steps, images = steps + table.num_rows, images + table.num_rows * stage.training.batch_size
+    build.write_table(LOSSES, pa.concat_tables(tables))
+    paces = [pace for folder in sorted(build.work.glob("stage-*")) if (pace := images_per_s(folder)) is not None]
+    build.counts.update(
+        num_steps=steps,
+        resumed_from_step=sum(trained.resumed_from_step for trained in tuned.stages),
+        images_per_s=round(paces[-1], 1) if paces else None,
+        num_validation_images=num_held_out,
+        validation_loss=round(tuned.validation[-1][1], 4) if tuned.validation else None,
+    )
+
+
 def grid_writer(
     build: Build,
     config: GeneratorTraining,
@@ -96,25 +122,41 @@ def grid_writer(
     if config.grid is None:
         return None
     from derm_pipeline.models.conditions import TEXT
-    from derm_pipeline.models.generator import load_autoencoder
-    from derm_pipeline.models.runtime import join_processes
     from derm_pipeline.training.grids import draw_grid, told_in_grid
 
-    reference, grid = latents.manifest.inputs["autoencoder"], config.grid
-    encoder = workspace.store.get(reference)
-    if encoder is None:
-        raise StoreError(f"{reference}, whose latents these are, is no longer in the store: run the recipe again")
+    grid = config.grid
     told = told_in_grid(labels, [*config.conditions, *([TEXT] if text else [])], grid.num_each)
     if text is not None:
         told |= text.gather(told[TEXT])
-    decoder = load_autoencoder(encoder.directory, join_processes().device)
+    decoder = decoder_of(workspace, latents)
 
     def on_samples(step: int, model: Network, spec: GeneratorSpec) -> Pixels:
         picture = draw_grid(model, spec, decoder.decode, told, grid, config.training.precision)
-        build.write_bytes(f"{_GRIDS}/step-{step:09d}.jpg", encode_jpeg(picture, quality=_GRID_QUALITY))
+        write_grid(build, step, picture)
         return picture
 
     return on_samples
+
+
+def decoder_of(workspace: Workspace, latents: Artifact) -> AnyAutoencoder:
+    """The autoencoder of these latents, on the device of training.
+
+    Raises:
+        StoreError: it is no longer in the store.
+    """
+    from derm_pipeline.models.generator import load_autoencoder
+    from derm_pipeline.models.runtime import join_processes
+
+    reference = latents.manifest.inputs["autoencoder"]
+    encoder = workspace.store.get(reference)
+    if encoder is None:
+        raise StoreError(f"{reference}, whose latents these are, is no longer in the store: run the recipe again")
+    return load_autoencoder(encoder.directory, join_processes().device)
+
+
+def write_grid(build: Build, step: int, picture: Pixels) -> None:
+    """Keep a picture of samples that were drawn after so many steps."""
+    build.write_bytes(f"{_GRIDS}/step-{step:09d}.jpg", encode_jpeg(picture, quality=_GRID_QUALITY))
 
 
 def grids(generator: Artifact) -> dict[int, Pixels]:

@@ -55,6 +55,17 @@ class PretrainedConfig(BaseModel):
         return settings
 
 
+class BaseVaeConfig(BaseModel):
+    """The autoencoder of the base that the recipe's generator starts from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["base"] = "base"
+    """The base's own."""
+    dtype: Dtype | None = None
+    """Of weights and arithmetic, where it is another than the base's."""
+
+
 class PretrainedReference(BaseModel):
     """A base that was found: what is kept of it in place of a copy."""
 

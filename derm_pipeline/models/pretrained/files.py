@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -64,8 +65,8 @@ class BaseFiles:
         """sha256 by path of all files, or of these parts' and of what describes the whole; a single file has all."""
         folders = None if parts is None else {"", "scheduler", *(one for part in parts for one in self.folders(part))}
         names = [name for folder, names in self.names.items() if folders is None or folder in folders for name in names]
-        digests = {name: digest_of_file(self.root / name) for name in names}
-        return digests | ({SINGLE: digest_of_file(self.single)} if self.single else {})
+        digests = {name: _digest(self.root / name) for name in names}
+        return digests | ({SINGLE: _digest(self.single)} if self.single else {})
 
 
 def find_base(config: PretrainedConfig) -> BaseFiles:
@@ -101,6 +102,17 @@ def needed_folders(family: Family) -> tuple[str, ...]:
     """Folders of a pipeline's files that are read."""
     texts = (folder for both in TEXT_FOLDERS[family] for folder in both)
     return (DENOISER_FOLDERS[family], *texts, "vae", "scheduler")
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file's bytes, read once a process: bases have gigabytes, and several stages ask for it."""
+    found = path.stat()
+    return _digest_of(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest_of(path: Path, inode: int, size: int, time_ns: int) -> str:
+    return digest_of_file(path)
 
 
 class _Wanted(NamedTuple):

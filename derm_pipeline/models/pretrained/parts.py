@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,11 +23,7 @@ def load_denoiser(files: BaseFiles, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: it is incomplete or broken, or does not take the latents of its VAE.
     """
-    import diffusers
-
-    kind: Any = diffusers.PixArtTransformer2DModel if files.family == "pixart" else diffusers.UNet2DConditionModel
-    folder = DENOISER_FOLDERS[files.family]
-    network = _load(kind, files, folder, dtype)
+    network = _load(_denoiser_class(files), files, DENOISER_FOLDERS[files.family], dtype)
     channels = files.config("vae").get("latent_channels", 4)
     if network.config.in_channels != channels:
         raise ValueError(
@@ -45,14 +41,9 @@ def load_text(files: BaseFiles, dtype: torch.dtype) -> tuple[list[Any], list[Any
     """
     import transformers
 
-    classes: dict[str, tuple[Any, ...]] = {
-        "sd": (transformers.CLIPTextModel,),
-        "sdxl": (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection),
-        "pixart": (transformers.T5EncoderModel,),
-    }
     tokenizer_class: Any = transformers.T5Tokenizer if files.family == "pixart" else transformers.CLIPTokenizer
     encoders, tokenizers = [], []
-    for kind, (folder, tokenizer_folder) in zip(classes[files.family], TEXT_FOLDERS[files.family], strict=True):
+    for kind, (folder, tokenizer_folder) in zip(_text_classes(files), TEXT_FOLDERS[files.family], strict=True):
         encoder = _load(kind, files, folder, dtype)
         tokenizer = tokenizer_class.from_pretrained(str(files.root / tokenizer_folder), local_files_only=True)
         if len(tokenizer) > encoder.config.vocab_size:
@@ -63,6 +54,31 @@ def load_text(files: BaseFiles, dtype: torch.dtype) -> tuple[list[Any], list[Any
         encoders.append(encoder)
         tokenizers.append(tokenizer)
     return encoders, tokenizers
+
+
+def networks_without_weights(files: BaseFiles, part: Literal["denoiser", "text"]) -> list[nn.Module]:
+    """The networks of a part on the meta device, by their configs alone: they take no memory and cannot compute."""
+    with torch.device("meta"):
+        if part == "denoiser":
+            return [_denoiser_class(files).from_config(files.config(DENOISER_FOLDERS[files.family]))]
+        folders = [files.root / folder for folder, _ in TEXT_FOLDERS[files.family]]
+        kinds = zip(_text_classes(files), folders, strict=True)
+        return [kind(kind.config_class.from_pretrained(str(folder), local_files_only=True)) for kind, folder in kinds]
+
+
+def _denoiser_class(files: BaseFiles) -> Any:
+    import diffusers
+
+    return diffusers.PixArtTransformer2DModel if files.family == "pixart" else diffusers.UNet2DConditionModel
+
+
+def _text_classes(files: BaseFiles) -> tuple[Any, ...]:
+    import transformers
+
+    if files.family == "pixart":
+        return (transformers.T5EncoderModel,)
+    second = (transformers.CLIPTextModelWithProjection,) if files.family == "sdxl" else ()
+    return (transformers.CLIPTextModel, *second)
 
 
 def _load(kind: Any, files: BaseFiles, folder: str, dtype: torch.dtype) -> Any:

@@ -182,6 +182,14 @@ DOWNLOADS: dict[str, Download] = {
             "imgs_part_3.zip) into the source's folder. The inner archives are unpacked when the source is first used.",
         ),
     ),
+    "kvasir": Application(
+        title="Kvasir",
+        homepage="https://datasets.simula.no/kvasir",
+        steps=(
+            "Download kvasir-dataset-v2.zip (8,000 images, about 2.3 GB) from the page; no application is needed.",
+            "Unpack it, and put its eight folders (dyed-lifted-polyps and so on) into the source's folder.",
+        ),
+    ),
     "d7p": Application(
         title="derm7pt (D7P)",
         homepage="https://derm.cs.sfu.ca/Download.html",
