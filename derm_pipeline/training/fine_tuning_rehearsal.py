@@ -27,7 +27,9 @@ def rehearse_fine_tuning(config: FineTuning, latent_size: int) -> None:
     files = find_base(config.base)
     patch = int(files.config("transformer")["patch_size"]) if files.family == "pixart" else 1
     if latent_size % patch:
-        raise ValueError(f"the base takes latents of a multiple of {patch} cells, and they have {latent_size}")
+        raise ValueError(
+            f"the base takes latents of a multiple of {patch} cells, and latents.size_px gives {latent_size}"
+        )
     there = free_bytes(pick_device())
     for stage in config.stages:
         need = _bytes_of(stage, files, config)

@@ -125,6 +125,44 @@ def test_a_text_encoder_is_looked_for_and_asked_how_many_tokens_it_takes(refused
     assert "take a smaller network" in said
 
 
+def of_a_base(base, targets="to_q"):
+    return (
+        "autoencoder: {kind: base}\nsynthetic_dataset: {plan: captions, num_samples: 7}\n"
+        f"generator: {{kind: pretrained, base: {{{base}}}, stages: [{{kind: lora, denoiser: {{rank: 2, "
+        f"targets: [{targets}]}}, training: {{num_steps: 1, batch_size: 1, lr: 1}}}}]}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("model: ./no/such/folder", ["the base is looked for in", "no/such/folder"]),
+        ("model: nobody/nothing, offline: true", ["nobody/nothing", "offline is set", "give a folder"]),
+    ],
+)
+def test_a_base_that_is_not_there_is_named_with_where_it_was_looked_for(refused, base, words):
+    line = refused(of_a_base(base))
+    assert "recipe own: generator.base: " in line
+    assert all(word in line for word in words), line
+
+
+def test_a_base_is_asked_for_its_family_its_layers_and_the_latents_that_it_takes(refused, tmp_path, monkeypatch):
+    from derm_pipeline.models.pretrained.tiny import write_tiny
+
+    folders = {family: write_tiny(family, tmp_path / family) for family in ("sd", "pixart")}
+    line = refused(of_a_base(f"model: {folders['sd']}, family: sdxl"))
+    assert "recipe own: generator.base: " in line
+    assert "is a base of the family sd, not sdxl as its settings say" in line
+    line = refused(of_a_base(f"model: {folders['sd']}", targets="to_qq"))
+    assert "recipe own: generator: LoRA target 'to_qq': no linear or convolution layer" in line
+    line = refused(of_a_base(f"model: {folders['pixart']}") + "latents: {size_px: 40}\n")
+    assert "the base takes latents of a multiple of 2 cells, and latents.size_px gives 5" in line
+    monkeypatch.setattr("derm_pipeline.training.fine_tuning_rehearsal.free_bytes", lambda device: 100_000)
+    line = refused(of_a_base(f"model: {folders['sd']}"))
+    assert "recipe own: generator: stages.lora: at least" in line
+    assert "optimizer: adamw8bit" in line
+
+
 def test_a_batch_is_tried_on_made_up_examples_and_refused_with_one_that_fits(refused, monkeypatch):
     asked = []
 

@@ -11,6 +11,8 @@ from derm_pipeline.captions.skin_diff import skin_diff_token
 from derm_pipeline.generation import TrainingImage, plan_requests
 from derm_pipeline.recipes import SHIPPED, load_recipe, recipe_files
 from derm_pipeline.records import Diagnosis, SkinType
+from derm_pipeline_tests.models.test_lora import ATTENTION as LISTED
+from derm_pipeline_tests.models.test_lora import KOHYA, MED_ART
 
 ATTENTION = {"to_k", "to_q", "to_v", "to_out.0"}
 MED_ART_TARGETS = {
@@ -182,7 +184,10 @@ DEPARTURES = {
         "lora.training.lr": 1e-4,
         "generator.base.max_tokens": None,  # as many as the text encoders take: 77
     },
-    "med_art": {"lora.text.targets": {"q", "k", "v", "o", "wo"}},
+    "med_art": {  # "proj_in" and "wi" match no layer
+        "lora.denoiser.targets": MED_ART_TARGETS - {"proj_in"},
+        "lora.text.targets": {"q", "k", "v", "o", "wo"},
+    },
 }
 DEPARTURES["med_art_derm"] = DEPARTURES["med_art"]
 
@@ -211,6 +216,13 @@ def test_a_recipe_has_its_predecessors_numbers_but_for_the_departures_that_are_l
     assert wrong == {}
     needless = [path for path, value in departures.items() if EXPECTED[name][path] == value]
     assert needless == []
+
+
+def test_the_adapters_are_those_whose_published_sizes_are_tested():
+    recipes = {name: load_recipe(name, recipe_files()) for name in EXPECTED}
+    targets = {name: found(recipe, "lora.denoiser.targets") for name, recipe in recipes.items() if "full" not in name}
+    same = {"lesiongen_lora": LISTED, "skin_diff": LISTED, "melanoma_sdxl": KOHYA, "med_art": MED_ART}
+    assert {name: targets[name] for name in same} == {name: set(listed) for name, listed in same.items()}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
