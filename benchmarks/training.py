@@ -30,42 +30,32 @@ import copy
 import gc
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import tempfile
-import time
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from measuring import DEVICE, IS_GPU, Dispatched, ceiling, cpu_attention, cuda_waits, machine, rounded, timed
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from derm_pipeline.models.dit import DiT, DiTConfig, preset
 from derm_pipeline.models.generator import GeneratorSpec
 from derm_pipeline.models.laws import DDPM
-from derm_pipeline.models.runtime import Precision, autocast, computes_bf16, pick_device
+from derm_pipeline.models.runtime import Precision, autocast, computes_bf16
 from derm_pipeline.records import Diagnosis
-from derm_pipeline.sources.base import num_cores
 from derm_pipeline.training.config import TrainingConfig
 from derm_pipeline.training.objectives import GeneratorObjective
 from derm_pipeline.training.processes import Processes
 from derm_pipeline.training.settings import DiTTraining
 from derm_pipeline.training.steps import Steps
 
-DEVICE = pick_device()
-IS_GPU = DEVICE.type == "cuda"
 LAW = DDPM(prediction="epsilon", learned_variance=True)
 CLASSES = tuple(diagnosis.value for diagnosis in Diagnosis)[:7]
 SIDE, CHANNELS = 32, 4
@@ -259,37 +249,33 @@ def _report(options: argparse.Namespace) -> dict[str, object]:
         arms: list[Arm] = [Ours(stack, options, moments, precision) for precision in ours]
         arms = [*(Baseline(loop, precision) for precision in baselines), *arms]
         measured = _measure(arms, options)
-    ceilings = {precision: _ceiling(precision) for precision in dict.fromkeys((*baselines, *ours))}
+    ceilings = {precision: ceiling(precision) for precision in dict.fromkeys((*baselines, *ours))}
     for arm in arms:
         row, kind = measured[arm.name], arm.name.split()[0]
         rate = options.batch / float(str(row["s_a_step"]))
         tflops = rate * float(str(counts[kind]["gflop_an_image"])) / 1e3
         row |= {
-            "img_a_s": _rounded(rate),
-            "tflops": _rounded(tflops),
-            "part_of_ceiling": _rounded(tflops / ceilings[arm.precision]),
+            "img_a_s": rounded(rate),
+            "tflops": rounded(tflops),
+            "part_of_ceiling": rounded(tflops / ceilings[arm.precision]),
         }
     ratio = float(str(counts["ours"]["gflop_an_image"])) / float(str(counts["baseline"]["gflop_an_image"]))
     return {
-        "machine": _machine(),
+        "machine": machine("accelerate", "numpy"),
         "clock": "wall, synchronised" if IS_GPU else "CPU time of the process",
         "settings": {name: value for name, value in vars(options).items() if name != "out"},
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(("MALLOC_", "OMP_NUM"))
         },
         "baseline_precision": "fp16, as it is" if IS_GPU else "fp32: its --mixed_precision no, for want of a GPU",
-        "matrix_product_ceiling_tflops": {name: _rounded(value) for name, value in ceilings.items()},
+        "matrix_product_ceiling_tflops": {name: rounded(value) for name, value in ceilings.items()},
         "counts": counts,
-        "flops_of_ours_by_baseline": _rounded(ratio),
-        "flops_wanted": _rounded(716 / 953),
+        "flops_of_ours_by_baseline": rounded(ratio),
+        "flops_wanted": rounded(716 / 953),
         "arms": measured,
-        "process_peak_gb": None if IS_GPU else _rounded(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6),
+        "process_peak_gb": None if IS_GPU else rounded(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6),
         "comparisons": _comparisons(arms, measured, options.size),
     }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def _network(size: str) -> DiTConfig:
@@ -309,48 +295,33 @@ def _make_samples(folder: Path, count: int) -> Tensor:
 # Time
 
 
-def _clock() -> float:
-    if IS_GPU:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def _timed(work: Callable[[], object], times: int) -> float:
-    """Mean seconds."""
-    start = _clock()
-    for _ in range(times):
-        work()
-    return (_clock() - start) / times
-
-
 def _measure(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, dict[str, object]]:
-    first = {arm.name: _timed(arm.step, 1) for arm in arms}
-    waits = {arm.name: _cuda_waits(arm) for arm in arms}
+    first = {arm.name: timed(arm.step, 1) for arm in arms}
+    waits = {arm.name: cuda_waits(arm.step) for arm in arms}
     for arm in arms:
-        _timed(arm.step, options.warm_up)
+        timed(arm.step, options.warm_up)
     taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
     faults: dict[str, list[float]] = {arm.name: [] for arm in arms}
     peaks: dict[str, float] = {}
     for arm in [*arms, *reversed(arms)] * options.rounds:
         before = _start_peak(arm)
         faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        taken[arm.name].append(_timed(arm.step, options.steps))
+        taken[arm.name].append(timed(arm.step, options.steps))
         faults[arm.name].append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before) / options.steps)
         peaks[arm.name] = max(peaks.get(arm.name, 0), _peak_gb(before))
     rows: dict[str, dict[str, object]] = {}
     for name, seconds in taken.items():
         median = statistics.median(seconds)
         rows[name] = {
-            "s_a_step": _rounded(median),
-            "s_a_step_by_block": [_rounded(value) for value in seconds],
-            "first_step_s": _rounded(first[name]),
+            "s_a_step": rounded(median),
+            "s_a_step_by_block": [rounded(value) for value in seconds],
+            "first_step_s": rounded(first[name]),
             "page_faults_a_step": round(statistics.median(faults[name])),
         }
         if options.compile and name.startswith("ours"):
-            rows[name]["compile_s"] = _rounded(first[name] - median)
+            rows[name]["compile_s"] = rounded(first[name] - median)
         if IS_GPU:
-            rows[name] |= {"peak_gb": _rounded(peaks[name]), "cuda_waits_a_step": waits[name]}
+            rows[name] |= {"peak_gb": rounded(peaks[name]), "cuda_waits_a_step": waits[name]}
     return rows
 
 
@@ -366,58 +337,7 @@ def _peak_gb(held_by_others: float) -> float:
     return (torch.cuda.max_memory_allocated() - held_by_others) / 1e9 if IS_GPU else 0.0
 
 
-def _cuda_waits(arm: Arm) -> int:
-    """Waits that CUDA reports in a step as it is timed."""
-    if not IS_GPU:
-        return 0
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            arm.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
-
-
-def _ceiling(precision: Precision) -> float:
-    """TFLOP/s of a large matrix product in this arithmetic, on random numbers; the best of several."""
-    size = 8192 if IS_GPU else 2048
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    for _ in range(2):
-        a @ b
-    return 2 * size**3 / min(_timed(lambda: a @ b, 10 if IS_GPU else 1) for _ in range(5)) / 1e12
-
-
 # Counts
-
-
-class _Dispatched(TorchDispatchMode):
-    """Counts operations, and those for which the host waits: a value is read, or a size depends on values.
-
-    AdamW's counters of its steps are read, too, but lie on the host everywhere, unless it is fused: nobody waits.
-    """
-
-    waits = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__()
-        self.num = self.num_waits = 0
-        counters = (kept["step"] for kept in optimizer.state.values())
-        self._kept_by_host = {counter.data_ptr() for counter in counters if counter.device.type == "cpu"}
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        self.num += 1
-        if func.overloadpacket.__name__ in self.waits and args[0].data_ptr() not in self._kept_by_host:
-            self.num_waits += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _counts(
@@ -433,12 +353,12 @@ def _counts(
         }
         for kind, arm in arms.items():
             arm.step()  # makes the optimiser's state
-            with _Dispatched(arm.optimizer) as seen:
+            with Dispatched(arm.optimizer) as seen:
                 arm.step()
-            with FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:
+            with FlopCounterMode(display=False, custom_mapping=cpu_attention()) as counter:
                 arm.step()
             counts[kind] = {
-                "gflop_an_image": _rounded(counter.get_total_flops() / COUNTED / 1e9),
+                "gflop_an_image": rounded(counter.get_total_flops() / COUNTED / 1e9),
                 "host_waits_a_step": seen.num_waits,
                 "operations_dispatched_a_step": seen.num,
             }
@@ -447,25 +367,6 @@ def _counts(
     if IS_GPU:
         torch.cuda.empty_cache()
     return counts
-
-
-def _cpu_attention() -> dict[object, Callable[..., int]]:
-    """The counter does not know the CPU's fused attention by itself; it is given the law of the GPU's."""
-    aten = torch.ops.aten
-
-    # the counter hands shapes where a tensor was
-    def forward(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
-        return int(sdpa_flop(q, k, v))
-
-    def backward(
-        grad: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object
-    ) -> int:
-        return int(sdpa_backward_flop(grad, q, k, v))
-
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
 
 
 # What is said of it
@@ -483,29 +384,11 @@ def _comparisons(
     for name, (baseline, our) in pairs.items():
         seconds = [float(str(measured[arm.name]["s_a_step"])) for arm in (baseline, our)]
         rate = float(str(measured[our.name]["img_a_s"]))
-        found[name] = {"baseline": baseline.name, "ours": our.name, "times_faster": _rounded(seconds[0] / seconds[1])}
+        found[name] = {"baseline": baseline.name, "ours": our.name, "times_faster": rounded(seconds[0] / seconds[1])}
         if size in TARGETS:
             is_met = seconds[0] / seconds[1] >= TARGETS[size] or rate >= TARGET_RATE.get(size, float("inf"))
             found[name] |= {"wanted": TARGETS[size], "is_met": is_met}
     return found
-
-
-def _machine() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": num_cores(),
-        "load_average": [round(value, 1) for value in os.getloadavg()],
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if IS_GPU else None,
-        "bf16": computes_bf16(DEVICE),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "accelerate", "numpy")},
-        "cuda": torch.version.cuda,
-        "commit": commit,
-    }
 
 
 if __name__ == "__main__":
