@@ -40,7 +40,7 @@ def timed(work: Callable[[], object], times: int) -> float:
     start = clock()
     for _ in range(times):
         work()
-    return (clock() - start) / times
+    return (clock() - start) / max(1, times)
 
 
 def cuda_waits(step: Callable[[], object]) -> int:
