@@ -300,8 +300,8 @@ def test_the_report_is_pointed_at_with_the_figures(derm, finished):
 
 @pytest.mark.slow
 def test_verify_names_a_hand_edited_artifact_and_after_removing_it_the_run_makes_it_again(derm, project):
-    assert derm("verify", project=project).output.startswith("17 artifacts")
     artifacts, before = project.artifacts(), project.digests()
+    assert derm("verify", project=project).output.startswith(f"{len(artifacts)} artifacts")
     report, captions = artifacts["report"], artifacts["visual_captions"]
     page = report.path("report.html")
     page.write_text(page.read_text().replace("samples", "SAMPLES", 1))
@@ -446,11 +446,11 @@ def test_a_full_disk_is_one_line_and_with_more_space_the_same_command_completes(
 
 
 @pytest.mark.slow
-def test_piped_output_is_quiet_and_a_second_run_is_quick(project):
-    start = time.monotonic()
+def test_piped_output_is_quiet_and_a_second_run_makes_nothing(project):
+    before = {asset: artifact.manifest.finished for asset, artifact in project.artifacts().items()}
     done = run_derm(project, "run", "tiny")
-    assert time.monotonic() - start < 20
     assert done.returncode == 0
+    assert {asset: artifact.manifest.finished for asset, artifact in project.artifacts().items()} == before
     assert "\r" not in done.stderr
     assert len(done.stderr.splitlines()) < 5, done.stderr
     assert done.stdout.splitlines()[0] == "tiny: Everything, a few steps each"

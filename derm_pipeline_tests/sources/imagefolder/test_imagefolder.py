@@ -103,7 +103,8 @@ def test_a_folder_a_class_as_kvasir_has_it(tmp_path):
         "top": "",
     }
     assert {(row["diagnosis"], row["modality"], row["malignant"]) for row in found.values()} == {
-        (None, "endoscopic", False)
+        (None, "endoscopic", False),
+        ("polyps", "endoscopic", False),
     }
 
 
