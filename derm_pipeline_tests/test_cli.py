@@ -219,7 +219,7 @@ def test_an_unknown_recipe_is_named_beside_those_there_are(derm, empty):
     [
         ("extends: tiny\ngenerator: {wdith: 3}\n", ["own.yaml", "generator.wdith", "allowed here", "width"]),
         ("extends: tiny\ngenerator: {width: wide}\n", ["own.yaml", "generator.width", "integer"]),
-        ("extends: tyni\n", ["own.yaml", "'tyni'", "quickstart, tiny"]),
+        ("extends: tyni\n", ["own.yaml", "'tyni'", "quickstart, skin_diff, tiny"]),
         ("extends: own\n", ["own.yaml", "circle"]),
         ("extends: tiny\nlatents: {size_px: 30}\n", ["own.yaml", "size_px 30"]),
         ("generator: [\n", ["own.yaml", "not YAML", "line"]),
