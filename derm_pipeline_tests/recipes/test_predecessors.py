@@ -171,6 +171,8 @@ DEPARTURES = {
     "lesiongen_lora": {
         "training_set.caption": "lesiongen",
         "lora.denoiser.alpha": None,  # the rank: the same thing
+        "lora.training.micro_batch_size": None,
+        "generator.activation_checkpointing": False,
         "synthetic_dataset.num_samples": 700,
     },
     "lesiongen_full": {},
