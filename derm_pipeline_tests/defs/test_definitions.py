@@ -129,7 +129,7 @@ def test_the_checks_are_there_and_block_where_they_must(definitions):
 def test_sources_and_recipes_are_partitions_and_every_recipe_is_a_job(definitions, specs, workspace):
     gpu = ["dit", "dit_b", "dit_scin", "dit_text", "dit_xl", "ldm", "ldm_scin"]
     gpu += ["lesiongen_full", "lesiongen_lora", "med_art", "med_art_derm", "melanoma_sdxl", "skin_diff"]
-    recipes = sorted([*gpu, "ham10000", "ham10000_fast", "quickstart", "tiny"])
+    recipes = sorted([*gpu, "ham10000", "ham10000_fast", "ham10000_hour", "quickstart", "tiny"])
     assert sorted(workspace.recipe_files) == recipes
     keys = {
         name: tuple(spec.partitions_def.get_partition_keys()) if spec.partitions_def else ()
